@@ -1,0 +1,1 @@
+"""MaxDraft trains EAGLE-3 draft heads for speculative decoding, in JAX."""

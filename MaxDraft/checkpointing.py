@@ -1,0 +1,242 @@
+"""Checkpoints of a run: everything that decides how it goes on, saved together or not at all.
+
+A checkpoint holds the train state (head, optimizer, step), the draft vocabulary, the number of
+batches read, and the configuration with the target's fingerprint. Orbax writes into a temporary
+folder and renames it, so a kill at any moment leaves the checkpoints before it whole. The layout does
+not depend on mesh, host count or any performance switch: a run may go on under others.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from MaxDraft import pyconfig
+from MaxDraft.pyconfig import Config
+from MaxDraft.train_step import TrainState
+
+# Keys that may change between a run's stop and its resumption: where it runs, how fast, what it
+# prints and how it is judged. All others decide the parameters, and must be the same.
+MAY_CHANGE = {
+    "attention_block_size",
+    "vocab_block_size",
+    "base_output_directory",
+    "target_path",
+    "tokenizer_path",
+    "load_parameters_path",
+    "trust_remote_code",
+    "max_skipped_fraction",
+    "grain_worker_count",
+    "grain_prefetch_buffer_size",
+    "per_device_batch_size",  # with accumulation and mesh: their product must stay, see below
+    "gradient_accumulation_steps",
+    "abort_on_nan_loss",
+    "eval_interval",
+    "eval_steps",
+    "mesh_axes",
+    "logical_axis_rules",
+    "enable_checkpointing",
+    "async_checkpointing",
+    "checkpoint_period",
+    "max_num_checkpoints_to_keep",
+    "log_period",
+    "metrics_file",
+    "enable_tensorboard",
+    "jax_cache_dir",
+    "run_checkpoint",
+    "export_path",
+}
+MAY_CHANGE_PREFIXES = ("ici_", "dcn_", "distributed_", "decode_")
+
+
+class ResumeError(RuntimeError):
+    """The run's folder holds something that this command cannot go on from."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may be resumed with another value of this configuration key."""
+    return key in MAY_CHANGE or key.startswith(MAY_CHANGE_PREFIXES)
+
+
+class Checkpoints:
+    """The checkpoints of one run, under <run>/checkpoints.
+
+    identity: what else must be the same to resume, by name: the target's fingerprint, the global
+    batch size, the number of steps, ... as JSON values.
+    """
+
+    def __init__(self, config: Config, identity: Mapping[str, Any]):
+        self._config = config
+        self._identity = dict(identity)
+        self._folder = config.run_directory / "checkpoints"
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(n=self._config.max_num_checkpoints_to_keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    reverse=True,  # the lowest held-out loss ranks last, and the last n are kept
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        return ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep,
+                enable_async_checkpointing=self._config.async_checkpointing,
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "vocabulary", "meta"),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        draft_to_target: np.ndarray,
+        batches_read: int,
+        metrics: Mapping[str, Any] | None,
+    ) -> None:
+        """Saves step `step`; metrics: the held-out metrics of these parameters, if there are any."""
+        if step in self._manager.all_steps():
+            return
+        meta = {
+            "config": self._config.as_dict(),
+            "identity": self._identity,
+            "batches_read": batches_read,
+        }
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    vocabulary=ocp.args.StandardSave({"draft_to_target": draft_to_target}),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=metrics,
+            )
+        except OSError as error:
+            raise self._explained(step, error) from error
+
+    def wait(self) -> None:
+        """Returns when every save has reached the disk; raises what went wrong while writing."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._explained(self._manager.latest_step(), error) from error
+
+    def _explained(self, step: int | None, error: OSError) -> ResumeError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return ResumeError(
+            f"checkpoint {step} could not be written to {self._folder}: "
+            f"{'the disk is full' if full else error}; the checkpoints before it are whole. "
+            f"Make room and give the same command again"
+        )
+
+    def restore_latest(
+        self, abstract_state: TrainState, log: Callable[[str], None]
+    ) -> tuple[TrainState, np.ndarray, int] | None:
+        """-> (state, draft_to_target, batches read) of the newest readable checkpoint, or None.
+
+        A damaged checkpoint is set aside and the one before it is taken, aloud. ResumeError where
+        the run was made with another target or configuration, or where none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                meta = self._manager.restore(
+                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+                )["meta"]
+                self._check_same_run(meta)
+                restored = self._restore(step, abstract_state)
+            except ResumeError:
+                raise
+            except Exception as error:  # damage surfaces as whatever the reader stumbles over
+                log(f"checkpoint {step} is damaged ({_first_line(error)}); trying the one before")
+                continue
+            for damaged in (other for other in steps if other > step):
+                self._set_aside(damaged, log)
+            return restored[0], restored[1], meta["batches_read"]
+        if steps:
+            raise ResumeError(
+                f"none of the checkpoints {sorted(steps)} in {self._folder} can be read; start "
+                f"again under another run_name, or delete that folder to start this run afresh"
+            )
+        return None
+
+    def restore_params(
+        self, which: str, abstract_state: TrainState
+    ) -> tuple[int, TrainState, np.ndarray]:
+        """-> (step, state, draft_to_target) of the "best" or the "latest" checkpoint."""
+        step = self._manager.latest_step()
+        if which == "best":
+            metrics = {other: self._manager.metrics(other) for other in self._manager.all_steps()}
+            rated = {other: found["loss"] for other, found in metrics.items() if found}
+            step = min(rated, key=rated.get) if rated else step
+        if step is None:
+            raise ResumeError(f"no checkpoint in {self._folder}; run train.py first")
+        return (step, *self._restore(step, abstract_state))
+
+    def draft_to_target(self) -> np.ndarray | None:
+        """Ids of the draft vocabulary in the newest checkpoint, None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(vocabulary=ocp.args.StandardRestore())
+        return np.asarray(self._manager.restore(step, args=args)["vocabulary"]["draft_to_target"])
+
+    def close(self) -> None:
+        """Waits for writes under way and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def _restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, np.ndarray]:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state),
+                vocabulary=ocp.args.StandardRestore(),
+            ),
+        )
+        return restored["state"], np.asarray(restored["vocabulary"]["draft_to_target"])
+
+    def _check_same_run(self, meta: Mapping[str, Any]) -> None:
+        now = self._config.as_dict()
+        ignore = {key for key in {**now, **meta["config"]} if may_change(key)}
+        lines = pyconfig.differences(meta["config"], now, ignore)
+        lines += pyconfig.differences(meta["identity"], self._identity, set())
+        if lines:
+            raise ResumeError(
+                f"{self._config.run_directory} holds a run that differs from this command:\n  "
+                + "\n  ".join(lines)
+                + "\nGive it another run_name, or the values it was started with"
+            )
+
+    def _set_aside(self, step: int, log: Callable[[str], None]) -> None:
+        aside = self._folder.parent / f"damaged-checkpoint-{step}"
+        self._manager.close()
+        if jax.process_index() == 0:
+            while aside.exists():
+                aside = aside.with_name(aside.name + "-again")
+            (self._folder / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
+        log(f"checkpoint {step} was moved to {aside}")
+        self._manager = self._open()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else 'no message'}"
+

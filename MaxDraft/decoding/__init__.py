@@ -1,0 +1,1 @@
+"""Generation with KV caches, plain and speculative."""

@@ -1,0 +1,1 @@
+"""The draft head: its parameters, the rollout, the loss and the metrics."""

@@ -1,0 +1,41 @@
+"""Which rows of the rollout train: those that serving really drafts from.
+
+Serving's first draft for a reply x[s..e-1] stands at row s-1: the feature of the last prompt token
+and the embedding of the first generated token x[s]; it drafts x[s+1]. So row i counts at step k when
+x[i+1], ..., x[i+2+k] are all assistant tokens of one turn, in row i's document.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from MaxDraft.drafts.rollout import shift_left
+
+
+def aligned_rows(
+    turn_ids: jax.Array,  # int [B, T]: 0 where the assistant did not write, else the turn
+    segment_ids: jax.Array,  # int [B, T]: 0 at pads, else the document
+    ttt_length: int,
+    alignment: str,  # "serving", or "specforge": the published PyTorch trainers' rows
+) -> jax.Array:  # bool [K, B, T]
+    """Rows whose loss may count at each step, before the draft vocabulary is considered."""
+    rows = serving_rows if alignment == "serving" else specforge_rows
+    return jnp.stack([rows(turn_ids, segment_ids, k) for k in range(ttt_length)])
+
+
+def serving_rows(turn_ids: jax.Array, segment_ids: jax.Array, k: int) -> jax.Array:
+    """bool [B, T]: x[i+1] .. x[i+2+k] are one assistant turn of row i's document."""
+    first = shift_left(turn_ids, 1)
+    aligned = (first > 0) & (shift_left(segment_ids, 1) == segment_ids)
+    for ahead in range(2, k + 3):
+        aligned &= shift_left(turn_ids, ahead) == first
+    return aligned
+
+
+def specforge_rows(turn_ids: jax.Array, segment_ids: jax.Array, k: int) -> jax.Array:
+    """bool [B, T]: the mask is not shifted with the tokens but slides left with k: x[i+k] counts.
+
+    A row whose teacher would stand in another document never counts.
+    """
+    return (shift_left(turn_ids, k) > 0) & (shift_left(segment_ids, 1 + k) == segment_ids)

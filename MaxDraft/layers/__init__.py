@@ -1,0 +1,1 @@
+"""Pure functions on arrays: what target and draft head are made of."""

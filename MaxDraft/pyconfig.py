@@ -1,0 +1,338 @@
+"""One frozen Config from base.yml, a model file, the environment and the command line.
+
+    base.yml < models/<model_name>.yml < (the run's config.yml) < M_<KEY> < key=value
+
+base.yml is the schema: its keys are all the keys there are, and a default's type is its key's type.
+YAML is read as text and coerced here, because YAML's own guesses turn `3e-4` into a string, `on`
+into True and `1:30` into 90 (config_yaml.py). Every mistake stops the run before any device is
+touched; what a key may hold, and what keys may hold together, stands in config_checks.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from MaxDraft import config_checks, config_yaml
+from MaxDraft.config_yaml import ConfigError, nearest, stop_on
+
+__all__ = ["SAVED_NAME", "Config", "ConfigError", "differences", "initialize", "read_saved"]
+
+SCHEMA_PATH = Path(__file__).resolve().parent.parent / "configs" / "base.yml"
+SAVED_NAME = "config.yml"
+ENVIRONMENT_PREFIX = "M_"
+
+# What belongs to one run or one machine; a model file that set it would decide for everybody.
+NOT_IN_MODEL_FILES = (
+    "model_name",
+    "run_name",
+    "base_output_directory",
+    "target_path",
+    "tokenizer_path",
+    "grain_train_files",
+    "grain_eval_files",
+    "load_parameters_path",
+    "export_path",
+    "distributed_coordinator",
+    "distributed_num_processes",
+    "distributed_process_id",
+)
+
+Values = dict[str, Any]
+
+
+class Config:
+    """The resolved configuration; every key of base.yml is a read-only attribute.
+
+    Lists are tuples and dicts read-only mappings, at any depth.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, Any]):
+        object.__setattr__(self, "_values", _freeze(values))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._values:
+            hint = "" if name.startswith("_") else nearest(name, self._values)
+            raise AttributeError(f"no configuration key {name!r}{hint}")
+        return self._values[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the configuration is frozen: {name} cannot be set or deleted")
+
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
+
+    def __dir__(self) -> list[str]:
+        return sorted([*super().__dir__(), *self._values])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.as_dict() == other.as_dict()
+
+    def __repr__(self) -> str:
+        items = "".join(f"  {key}={value!r},\n" for key, value in self.as_dict().items())
+        return f"Config(\n{items})"
+
+    @property
+    def run_directory(self) -> Path:
+        """Absolute folder of this run: <base_output_directory>/<run_name>."""
+        return _absolute(self.base_output_directory) / self.run_name
+
+    @property
+    def target_directory(self) -> Path | None:
+        """Absolute target_path; None where it is empty."""
+        return _absolute(self.target_path) if self.target_path else None
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Absolute tokenizer_path, or target_path where that is empty; None where both are."""
+        return _absolute(self.tokenizer_path) if self.tokenizer_path else self.target_directory
+
+    @property
+    def export_directory(self) -> Path:
+        """Absolute export_path, or <run>/export where that is empty."""
+        return _absolute(self.export_path) if self.export_path else self.run_directory / "export"
+
+    def as_dict(self) -> Values:
+        """A mutable deep copy in plain Python types, in base.yml's order."""
+        return _thaw(self._values)
+
+    def to_yaml(self) -> str:
+        """YAML text that `read_saved` reads back to exactly these values."""
+        return f"# The resolved configuration of run {self.run_name!r}.\n" + yaml.dump(
+            self.as_dict(),
+            Dumper=config_yaml.Dumper,
+            sort_keys=False,
+            default_flow_style=None,
+            allow_unicode=True,
+            width=100,
+        )
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes `to_yaml()` to `path` whole or not at all, making its folder where needed."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(self.to_yaml())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def initialize(argv: Sequence[str], from_run: bool = False) -> Config:
+    """argv = [program, path/to/base.yml, key=value, ...] -> Config; ConfigError says what to fix.
+
+    from_run: evaluate and export go on from a finished run, so that run's config.yml, found by
+    base_output_directory and run_name, stands between the model file and the environment.
+    """
+    schema = _schema()
+    if len(argv) < 2 or "=" in argv[1]:
+        program = argv[0] if argv else "MaxDraft/train.py"
+        raise ConfigError(
+            f"the first argument is the configuration file: "
+            f"python3 {program} configs/base.yml key=value ..."
+        )
+    base_path = Path(argv[1])
+    base = _from_base_file(base_path, schema)
+    environment = _from_environment(schema)
+    command_line = _from_command_line(argv[2:], schema)
+    stop_on(
+        f"{key}: environment {ENVIRONMENT_PREFIX}{key.upper()} says {environment[key]!r}, the "
+        f"command line {command_line[key]!r}; remove one of them"
+        for key in command_line
+        if key in environment and environment[key] != command_line[key]
+    )
+
+    given = environment | command_line
+    located = base | given
+    model_name, output = located["model_name"], located["base_output_directory"]
+    run_name = located["run_name"] or model_name
+    saved: Values = {}
+    if from_run:
+        stop_on(config_checks.run_location(located | {"run_name": run_name}))
+        saved = read_saved(_absolute(output) / run_name)
+        model_name = saved.get("model_name", model_name)
+        if given.get("model_name", model_name) != model_name:
+            raise ConfigError(
+                f"run {run_name!r} was made with model_name={model_name}, not "
+                f"{given['model_name']}; leave model_name out, or give another run_name"
+            )
+    model = _from_model_file(base_path.parent / "models", model_name, schema)
+
+    values = base | model | saved | given
+    # The folder that was asked for decides, also where a run was moved after it was written.
+    values |= {"model_name": model_name, "run_name": run_name, "base_output_directory": output}
+    layers = {
+        "command line": command_line,
+        "environment": environment,
+        f"run {run_name!r}": saved,
+        f"models/{model_name}.yml": model,
+        str(base_path): base,
+    }
+    stop_on(
+        problem + _origins(problem, layers)
+        for problem in config_checks.impossible_combinations(values)
+    )
+    return Config(values)
+
+
+def read_saved(run_directory: str | os.PathLike) -> Values:
+    """The values in the config.yml of a run; ConfigError where there is none."""
+    run_directory = Path(run_directory)
+    path = run_directory / SAVED_NAME
+    if not path.is_file():
+        runs = sorted(found.parent.name for found in run_directory.parent.glob(f"*/{SAVED_NAME}"))
+        raise ConfigError(
+            f"no run at {run_directory}: it has no {SAVED_NAME}. Type run_name=NAME and "
+            f"base_output_directory=FOLDER as train.py was given them; runs in "
+            f"{run_directory.parent}: {', '.join(runs) or 'none'}"
+        )
+    return _from_file(path, _schema())
+
+
+def differences(run: Mapping[str, Any], now: Mapping[str, Any], ignore: set[str]) -> list[str]:
+    """One line for each key, outside `ignore`, whose value differs between a run and now."""
+    lines = []
+    for key in [*run, *(key for key in now if key not in run)]:
+        old, new = (_thaw(side[key]) if key in side else None for side in (run, now))
+        if key not in ignore and old != new:
+            old, new = (
+                repr(value) if key in side else "no such key"
+                for value, side in ((old, run), (new, now))
+            )
+            lines.append(f"{key}: run has {old}, now {new}")
+    return lines
+
+
+def _origins(problem: str, layers: Mapping[str, Values]) -> str:
+    """Where each key that a problem names was given; `layers` begins with the strongest."""
+    # A key without an underscore, such as steps, is also a word: it counts only where it leads.
+    names = dict.fromkeys(re.findall(r"^\w+|\w+_\w+", problem))
+    found = (
+        next((f"{name}: {layer}" for layer, values in layers.items() if name in values), None)
+        for name in names
+    )
+    return f" ({'; '.join(place for place in found if place)})"
+
+
+# ------------------------------------------------------------------------------------ the layers
+@functools.cache
+def _schema() -> Mapping[str, Any]:
+    """Key -> default of the base.yml that belongs to this code; the default's type is the key's."""
+    return MappingProxyType(
+        {k: config_yaml.construct(node, k) for k, _, node in config_yaml.read_keys(SCHEMA_PATH)}
+    )
+
+
+def _from_file(path: Path, schema: Mapping[str, Any]) -> Values:
+    values, problems = {}, []
+    for key, line, node in config_yaml.read_keys(path):
+        where = f"{path}:{line}"
+        if key not in schema:
+            problems.append(f"{where}: unknown key {key!r}{nearest(key, schema)}")
+            continue
+        try:
+            values[key] = config_yaml.coerce(key, schema[key], node, where)
+        except ConfigError as error:
+            problems.append(str(error))
+    stop_on(problems)
+    return values
+
+
+def _from_base_file(path: Path, schema: Mapping[str, Any]) -> Values:
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {path}; pass {SCHEMA_PATH}")
+    if path.samefile(SCHEMA_PATH):
+        return dict(schema)
+    values = _from_file(path, schema)
+    missing = [key for key in schema if key not in values]
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {', '.join(missing)}: pass {SCHEMA_PATH} or a whole copy of it, "
+            f"and what differs as key=value"
+        )
+    return values
+
+
+def _from_model_file(folder: Path, name: str, schema: Mapping[str, Any]) -> Values:
+    known = sorted(path.stem for path in folder.glob("*.yml"))
+    if name not in known:
+        raise ConfigError(
+            f"model_name: there is no {name!r} in {folder}{nearest(name, known)}; "
+            f"known: {', '.join(known) or 'none'}"
+        )
+    path = folder / f"{name}.yml"
+    values = _from_file(path, schema)
+    stop_on(
+        f"{path}: {key} belongs to one run, not to a model; give it on the command line"
+        for key in values
+        if key in NOT_IN_MODEL_FILES
+    )
+    return values
+
+
+def _from_environment(schema: Mapping[str, Any]) -> Values:
+    values, problems = {}, []
+    for name in sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)):
+        spelled = name.removeprefix(ENVIRONMENT_PREFIX)
+        key = spelled.lower()
+        if key not in schema or spelled != key.upper():
+            # Other programs have M_ variables too, so only a near miss is taken for a mistake.
+            near = difflib.get_close_matches(key, schema, n=1, cutoff=0.8)
+            if near:
+                right = ENVIRONMENT_PREFIX + near[0].upper()
+                problems.append(f"environment {name}: did you mean {right}? Rename or unset it")
+            continue
+        try:
+            values[key] = config_yaml.coerce_text(
+                key, schema[key], os.environ[name], f"environment {name}"
+            )
+        except ConfigError as error:
+            problems.append(str(error))
+    stop_on(problems)
+    return values
+
+
+def _from_command_line(arguments: Sequence[str], schema: Mapping[str, Any]) -> Values:
+    values, problems = {}, []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            problems.append(f"command line: {argument!r} is not key=value (no spaces around =)")
+        elif key not in schema:
+            problems.append(f"command line: unknown key {key!r}{nearest(key, schema)}")
+        elif key in values:
+            problems.append(f"command line: {key} is given twice; keep one")
+        else:
+            try:
+                values[key] = config_yaml.coerce_text(key, schema[key], text, "command line")
+            except ConfigError as error:
+                problems.append(str(error))
+    stop_on(problems)
+    return values
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: _freeze(child) for key, child in value.items()})
+    return tuple(_freeze(child) for child in value) if isinstance(value, list | tuple) else value
+
+
+def _thaw(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _thaw(child) for key, child in value.items()}
+    return [_thaw(child) for child in value] if isinstance(value, list | tuple) else value

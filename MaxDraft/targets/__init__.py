@@ -1,0 +1,1 @@
+"""The frozen target: one decoder, and a short file per model family."""

@@ -1,0 +1,336 @@
+"""A slow EAGLE-3 rollout in NumPy float64: loops over rows, steps and keys, one document at a time.
+
+It shares no code and no tricks with MaxDraft: rows are never packed (each document is cut out of its
+row and stands alone), attention is a list of keys under one softmax, the teacher's logits are dense,
+alignment scans tokens and metrics are counted. What has no definition (a row whose token or label lies
+outside its document) is NaN, so that a loss that touched it would be NaN as well.
+
+    state(0, i) = fc aux[i];  state(k + 1, i) = layer(embed x[i+1+k], state(k, i))
+    loss_k(i)   = -sum_v p_v(i+1+k) log q_v(k, i),   p = softmax over the D draft tokens
+    total       = sum_k 0.8^k sum_i loss_k(i) / N_k
+
+A head is a dict of arrays under the names of a published checkpoint. `torch_total` writes the same
+equations a second time, dense over a whole row with one mask, so that autograd can differentiate them.
+Dimensions: B rows, T tokens, H width, V target vocabulary, D draft vocabulary, K steps, d head size.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What the arrays of a draft head do not say: its attention heads, rotary base and norm epsilon."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    theta: float = 10000.0
+    eps: float = 1e-6
+
+
+@dataclasses.dataclass
+class Batch:
+    """B rows of T tokens; segments: 0 is padding, a document is a run of one positive number."""
+
+    tokens: np.ndarray  # [B, T]
+    assistant: np.ndarray  # [B, T] 0 / 1
+    segments: np.ndarray  # [B, T]
+    aux: np.ndarray  # [B, T, 3H]
+    final: np.ndarray  # [B, T, H] the target's normed last state
+
+
+@dataclasses.dataclass
+class Teacher:
+    """The frozen target as a head sees it."""
+
+    embedding: np.ndarray  # [V, H]
+    lm_head: np.ndarray  # [V, H]
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean x^2 + eps) * weight, over the last dimension."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def silu(x):
+    return x / (1.0 + np.exp(-x))
+
+
+def rotate(x, position, theta):
+    """Rotary embedding of one head [d] at one position: dimension n turns with dimension n + d/2."""
+    half = x.shape[-1] // 2
+    angle = position * theta ** (-np.arange(half) / half)
+    first, second = x[:half], x[half:]
+    return np.concatenate(
+        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
+    )
+
+
+def attend(query, keys, values):
+    """One query [d] over lists of keys and values [d], under one softmax."""
+    scores = np.array([query @ key for key in keys]) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    return sum(weight * value for weight, value in zip(weights, values))
+
+
+def document_states(params, head, embedding, tokens, aux, steps):
+    """States after each step for one document alone: [K, n, H], NaN where x[i+1+k] does not exist."""
+    n, width = len(tokens), embedding.shape[1]
+    shared = head.heads // head.kv_heads
+    weight = {name: np.asarray(array, np.float64) for name, array in params.items()}
+    attention = "midlayer.self_attn."
+    states = np.full((steps, n, width), np.nan)
+    keys = {}  # (step, row) -> [kv_heads][d]
+    values = {}
+    for k in range(steps):
+        for i in range(n):
+            if i + 1 + k >= n:
+                continue
+            state = weight["fc.weight"] @ aux[i] if k == 0 else states[k - 1, i]
+            embedded = embedding[tokens[i + 1 + k]]
+            inputs = np.concatenate(
+                [
+                    rms_norm(embedded, weight["midlayer.input_layernorm.weight"], head.eps),
+                    rms_norm(state, weight["midlayer.hidden_norm.weight"], head.eps),
+                ]
+            )
+            query = (weight[attention + "q_proj.weight"] @ inputs).reshape(head.heads, -1)
+            key = (weight[attention + "k_proj.weight"] @ inputs).reshape(head.kv_heads, -1)
+            values[k, i] = (weight[attention + "v_proj.weight"] @ inputs).reshape(head.kv_heads, -1)
+            keys[k, i] = [rotate(one, i + k, head.theta) for one in key]
+            seen = [(0, j) for j in range(i + 1)] + [(step, i) for step in range(1, k + 1)]
+            outputs = []
+            for h in range(head.heads):
+                group = h // shared
+                outputs.append(
+                    attend(
+                        rotate(query[h], i + k, head.theta),
+                        [keys[at][group] for at in seen],
+                        [values[at][group] for at in seen],
+                    )
+                )
+            state = state + weight[attention + "o_proj.weight"] @ np.concatenate(outputs)
+            normed = rms_norm(state, weight["midlayer.post_attention_layernorm.weight"], head.eps)
+            gate = weight["midlayer.mlp.gate_proj.weight"] @ normed
+            up = weight["midlayer.mlp.up_proj.weight"] @ normed
+            states[k, i] = state + weight["midlayer.mlp.down_proj.weight"] @ (silu(gate) * up)
+    return states
+
+
+def log_softmax(x):
+    shifted = x - x.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def is_aligned(tokens_of, assistant, i, k, alignment):
+    """Whether row i of one document counts at step k, before the vocabulary is asked.
+
+    serving: x[i+1] .. x[i+2+k] are all written by the assistant, without a break, in this document.
+    specforge: the mask is not shifted with the ids and slides left with k; the label must exist.
+    """
+    n = tokens_of
+    if alignment == "serving":
+        if i + 2 + k >= n:
+            return False
+        for t in range(i + 1, i + 2 + k + 1):
+            if not assistant[t]:
+                return False
+        return True
+    if alignment == "specforge":
+        return i + 1 + k < n and bool(assistant[i + k])
+    raise ValueError(alignment)
+
+
+def documents_of(segments):
+    """(start, end) of every run of one positive segment number in a row."""
+    found, start = [], 0
+    for t in range(1, len(segments) + 1):
+        if t == len(segments) or segments[t] != segments[start]:
+            if segments[start] > 0:
+                found.append((start, t))
+            start = t
+    return found
+
+
+@dataclasses.dataclass
+class Rows:
+    """What happened at step k in row i of batch row b; all arrays are [K, B, T]."""
+
+    aligned: np.ndarray
+    counted: np.ndarray
+    correct: np.ndarray
+    loss: np.ndarray
+    alpha: np.ndarray
+
+
+def rollout(params, head, teacher, d2t, batch, steps, alignment="serving"):
+    """Losses, hits and overlaps of every aligned row, each document on its own."""
+    num_rows, length = batch.tokens.shape
+    draft_ids = np.arange(len(d2t)) + np.asarray(d2t)  # target id of each draft id
+    in_draft = set(draft_ids.tolist())
+    norm, lm_head = (np.asarray(params[n], np.float64) for n in ("norm.weight", "lm_head.weight"))
+    shape = (steps, num_rows, length)
+    rows = Rows(
+        np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
+    )
+    for b in range(num_rows):
+        for start, end in documents_of(batch.segments[b]):
+            tokens, assistant = batch.tokens[b, start:end], batch.assistant[b, start:end]
+            aux = np.asarray(batch.aux[b, start:end], np.float64)
+            final = np.asarray(batch.final[b, start:end], np.float64)
+            states = document_states(params, head, teacher.embedding, tokens, aux, steps)
+            for k in range(steps):
+                for i in range(end - start):
+                    if not is_aligned(end - start, assistant, i, k, alignment):
+                        continue
+                    target_logits = teacher.lm_head @ final[i + 1 + k]
+                    best = int(np.argmax(target_logits))
+                    p_full = np.exp(log_softmax(target_logits))
+                    p = np.exp(log_softmax(target_logits[draft_ids]))
+                    log_q = log_softmax(lm_head @ rms_norm(states[k, i], norm, head.eps))
+                    at = (k, b, start + i)
+                    rows.aligned[at] = True
+                    rows.counted[at] = best in in_draft
+                    rows.correct[at] = draft_ids[int(np.argmax(log_q))] == best
+                    rows.loss[at] = -np.sum(p * log_q)
+                    rows.alpha[at] = sum(
+                        min(p_full[target], np.exp(log_q[draft])) for draft, target in enumerate(draft_ids)
+                    )
+    return rows
+
+
+def total_loss(rows, decay=0.8, denominator="counted"):
+    """sum_k decay^k loss_k; each loss_k over its counted rows, or over all B*T positions (specforge)."""
+    steps, num_rows, length = rows.loss.shape
+    total = 0.0
+    for k in range(steps):
+        count = rows.counted[k].sum() if denominator == "counted" else num_rows * length
+        if count:
+            total += decay**k * rows.loss[k][rows.counted[k]].sum() / count
+    return total
+
+
+def metrics(rows):
+    """acc, cond_acc and alpha per step, the loss per step, and the simulated acceptance length."""
+    steps = rows.loss.shape[0]
+    out = {"loss": [], "acc": [], "cond_acc": [], "alpha": []}
+    for k in range(steps):
+        aligned = hits = still = still_hits = 0
+        alpha = 0.0
+        for at in np.argwhere(rows.aligned[k]):
+            at = tuple(at)
+            aligned += 1
+            hits += rows.correct[(k, *at)]
+            alpha += rows.alpha[(k, *at)]
+            if all(rows.correct[(before, *at)] for before in range(k)):
+                still += 1
+                still_hits += rows.correct[(k, *at)]
+        counted = rows.counted[k].sum()
+        out["loss"].append(rows.loss[k][rows.counted[k]].sum() / counted if counted else 0.0)
+        out["acc"].append(hits / aligned if aligned else 0.0)
+        out["alpha"].append(alpha / aligned if aligned else 0.0)
+        out["cond_acc"].append(still_hits / still if still else 0.0)
+    accepted, chance = 1.0, 1.0
+    for a in out["cond_acc"]:
+        chance *= a
+        accepted += chance
+    out["sim_accept_length"] = accepted
+    return {name: np.asarray(value) for name, value in out.items()}
+
+
+def torch_total(
+    params, head, teacher, d2t, batch, steps, alignment="serving", denominator="counted", decay=0.8
+):
+    """(total, gradient of every parameter) by autograd in float64: one dense [T, T + k*T] mask per row.
+
+    Here a packed row is NOT cut into documents: its mask separates them, and positions run through the
+    whole row, which rotary embedding (relative by construction) must not notice.
+    """
+    import torch
+
+    f64 = torch.float64
+    weight = {
+        name: torch.tensor(np.asarray(array), dtype=f64, requires_grad=True) for name, array in params.items()
+    }
+    embedding, target_head = (torch.tensor(a, dtype=f64) for a in (teacher.embedding, teacher.lm_head))
+    draft_ids = torch.arange(len(d2t)) + torch.tensor(np.asarray(d2t), dtype=torch.int64)
+    in_draft = torch.zeros(len(target_head), dtype=torch.bool)
+    in_draft[draft_ids] = True
+    num_rows, length = batch.tokens.shape
+    half = head.head_dim // 2
+
+    def norm(x, name):
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + head.eps)
+        return x * scale * weight[name]
+
+    def turn(x, positions):  # [T, heads, d] as complex numbers, one per rotated pair
+        speed = torch.tensor(head.theta, dtype=f64) ** (-torch.arange(half, dtype=f64) / half)
+        angle = positions[:, None, None] * speed
+        pairs = torch.complex(x[..., :half], x[..., half:])
+        pairs = pairs * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def shift(x, by):  # x[t + by], zero past the end
+        return torch.cat([x[by:], torch.zeros_like(x[:by])])[: len(x)]
+
+    sums = [torch.zeros((), dtype=f64) for _ in range(steps)]
+    counts = [0] * steps
+    for b in range(num_rows):
+        tokens = torch.tensor(batch.tokens[b], dtype=torch.int64)
+        segments = torch.tensor(batch.segments[b], dtype=torch.int64)
+        assistant = torch.tensor(batch.assistant[b]).bool()
+        final = torch.tensor(batch.final[b], dtype=f64)
+        target_logits = final @ target_head.T
+        teacher_p = torch.softmax(target_logits[:, draft_ids], -1)
+        teacher_in = in_draft[target_logits.argmax(-1)]
+        index = torch.arange(length)
+        causal = (index[:, None] >= index[None]) & (segments[:, None] == segments[None])
+        own = torch.eye(length, dtype=torch.bool)
+        state = torch.tensor(batch.aux[b], dtype=f64) @ weight["fc.weight"].T
+        past_keys, past_values, masks = [], [], []
+        for k in range(steps):
+            inputs = torch.cat(
+                [
+                    norm(embedding[shift(tokens, 1 + k)], "midlayer.input_layernorm.weight"),
+                    norm(state, "midlayer.hidden_norm.weight"),
+                ],
+                -1,
+            )
+            query, key, value = (
+                (inputs @ weight[f"midlayer.self_attn.{p}_proj.weight"].T).view(length, -1, head.head_dim)
+                for p in "qkv"
+            )
+            query, key = turn(query, index + k), turn(key, index + k)
+            spread = head.heads // head.kv_heads
+            past_keys.append(key.repeat_interleave(spread, 1))
+            past_values.append(value.repeat_interleave(spread, 1))
+            masks.append(causal if k == 0 else own)
+            scores = torch.einsum("thd,shd->hts", query, torch.cat(past_keys)) / head.head_dim**0.5
+            scores = scores.masked_fill(~torch.cat(masks, 1), float("-inf"))
+            mixed = torch.einsum("hts,shd->thd", scores.softmax(-1), torch.cat(past_values))
+            state = state + mixed.reshape(length, -1) @ weight["midlayer.self_attn.o_proj.weight"].T
+            normed = norm(state, "midlayer.post_attention_layernorm.weight")
+            gate = torch.nn.functional.silu(normed @ weight["midlayer.mlp.gate_proj.weight"].T)
+            up = normed @ weight["midlayer.mlp.up_proj.weight"].T
+            state = state + (gate * up) @ weight["midlayer.mlp.down_proj.weight"].T
+            log_q = (norm(state, "norm.weight") @ weight["lm_head.weight"].T).log_softmax(-1)
+            loss = -(shift(teacher_p, 1 + k) * log_q).sum(-1)
+
+            if alignment == "serving":
+                aligned = torch.ones(length, dtype=torch.bool)
+                for ahead in range(1, k + 3):
+                    aligned &= shift(assistant, ahead) & (shift(segments, ahead) == segments)
+            else:
+                aligned = shift(assistant, k) if k else assistant
+                aligned = aligned & (shift(segments, 1 + k) == segments)
+            counted = aligned & (segments > 0) & shift(teacher_in, 1 + k)
+            sums[k] = sums[k] + torch.where(counted, loss, torch.zeros_like(loss)).sum()
+            counts[k] += int(counted.sum())
+    if denominator != "counted":
+        counts = [num_rows * length] * steps
+    total = sum(decay**k * sums[k] / max(counts[k], 1) for k in range(steps))
+    total.backward()
+    return total.item(), {name: tensor.grad.numpy() for name, tensor in weight.items()}

@@ -1,0 +1,76 @@
+"""The rooms of the house: who may import whom."""
+
+import ast
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "MaxDraft"
+
+# Each room may import itself, and what stands after it in its line.
+MAY_IMPORT = {
+    "layers": {"sharding"},
+    "targets": {"layers", "sharding"},
+    "drafts": {"layers", "sharding"},
+    "input_pipeline": set(),
+    "convert": {"layers", "sharding", "targets", "drafts"},
+    "decoding": {"layers", "sharding", "targets", "drafts"},
+    "tiny_target": {"layers", "sharding", "targets", "convert"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms and modules of MaxDraft that a file imports, "" for MaxDraft itself left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("MaxDraft.")}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_rooms_import_downwards_only(room):
+    files = sorted((PACKAGE / room).glob("*.py"))
+    assert files
+    for path in files:
+        assert imports(path) <= MAY_IMPORT[room] | {room}, path
+
+
+def test_every_room_is_listed():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms == set(MAY_IMPORT)
+
+
+def test_the_input_pipeline_and_pyconfig_know_no_devices():
+    code = (
+        "import sys; import MaxDraft.pyconfig; assert 'jax' not in sys.modules, 'pyconfig';"
+        "import ast, pathlib;"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for path in sorted((PACKAGE / "input_pipeline").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = itertools.chain.from_iterable(
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        )
+        assert not [name for name in names if name.split(".")[0] == "jax"], path
+
+
+def test_only_pyconfig_reads_the_environment():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name in ("pyconfig.py", "config_yaml.py"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert "os.environ" not in text and "os.getenv" not in text, path
