@@ -1,17 +1,17 @@
-"""A slow EAGLE-3 rollout in NumPy float64: loops over rows, steps and keys, one document at a time.
+"""A slow EAGLE-3 rollout in NumPy float64: loops over rows, steps and keys, document by document.
 
-It shares no code and no tricks with MaxDraft: rows are never packed (each document is cut out of its
-row and stands alone), attention is a list of keys under one softmax, the teacher's logits are dense,
-alignment scans tokens and metrics are counted. What has no definition (a row whose token or label lies
-outside its document) is NaN, so that a loss that touched it would be NaN as well.
+It shares no code and no tricks with MaxDraft: rows are never packed (each document is cut out of
+its row and stands alone), attention is a list of keys under one softmax, the teacher's logits are
+dense, alignment scans tokens and metrics are counted. What has no definition (a row whose token
+lies outside its document) is NaN, so that a loss that touched it would be NaN as well.
 
     state(0, i) = fc aux[i];  state(k + 1, i) = layer(embed x[i+1+k], state(k, i))
     loss_k(i)   = -sum_v p_v(i+1+k) log q_v(k, i),   p = softmax over the D draft tokens
     total       = sum_k 0.8^k sum_i loss_k(i) / N_k
 
 A head is a dict of arrays under the names of a published checkpoint. `torch_total` writes the same
-equations a second time, dense over a whole row with one mask, so that autograd can differentiate them.
-Dimensions: B rows, T tokens, H width, V target vocabulary, D draft vocabulary, K steps, d head size.
+equations a second time, dense over a whole row with one mask, for autograd to differentiate.
+Dimensions: B rows, T tokens, H width, V target and D draft vocabulary, K steps, d head size.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What the arrays of a draft head do not say: its attention heads, rotary base and norm epsilon."""
+    """What the arrays of a head do not say: its attention heads, rotary base, norm epsilon."""
 
     heads: int
     kv_heads: int
@@ -35,8 +35,9 @@ class Batch:
     """B rows of T tokens; segments: 0 is padding, a document is a run of one positive number."""
 
     tokens: np.ndarray  # [B, T]
-    assistant: np.ndarray  # [B, T] 0 / 1
+    turns: np.ndarray  # [B, T] 0 where the assistant did not write, else its turn in the document
     segments: np.ndarray  # [B, T]
+    positions: np.ndarray  # [B, T] inside the document
     aux: np.ndarray  # [B, T, 3H]
     final: np.ndarray  # [B, T, H] the target's normed last state
 
@@ -49,6 +50,80 @@ class Teacher:
     lm_head: np.ndarray  # [V, H]
 
 
+@dataclasses.dataclass
+class Problem:
+    """A head, a teacher and a batch to judge it on."""
+
+    head: Head
+    params: dict[str, np.ndarray]
+    teacher: Teacher
+    d2t: np.ndarray  # [D] OFFSETS: target id = draft id + d2t[draft id]
+    batch: Batch
+
+
+def read_layout(layout):
+    """Rows as text -> (turns, segments, positions), each [B, T].
+
+    A letter is one token: p a prompt's, a digit the assistant's in that turn, "." a pad. "|" stands
+    between two documents and is no token.
+    """
+    turns, segments, positions = [], [], []
+    for row in layout:
+        row_turns, row_segments, row_positions = [], [], []
+        number, start = 1, 0
+        for mark in row:
+            if mark == "|":
+                number, start = number + 1, len(row_turns)
+                continue
+            row_turns.append(int(mark) if mark.isdigit() else 0)
+            row_positions.append(0 if mark == "." else len(row_turns) - 1 - start)
+            row_segments.append(0 if mark == "." else number)
+        turns.append(row_turns)
+        segments.append(row_segments)
+        positions.append(row_positions)
+    return np.array(turns), np.array(segments), np.array(positions)
+
+
+def make_problem(
+    layout, seed=0, *, vocabulary=11, draft_vocabulary=6, width=8, inner=12, head=Head(4, 2, 6)
+):
+    """A random problem. What stands at pads is large garbage, which nothing may notice."""
+    rng = np.random.default_rng(seed)
+    turns, segments, positions = read_layout(layout)
+    H, q_size, kv_size = width, head.heads * head.head_dim, head.kv_heads * head.head_dim
+    shapes = {
+        "fc.weight": (H, 3 * H),
+        "midlayer.input_layernorm.weight": (H,),
+        "midlayer.hidden_norm.weight": (H,),
+        "midlayer.self_attn.q_proj.weight": (q_size, 2 * H),
+        "midlayer.self_attn.k_proj.weight": (kv_size, 2 * H),
+        "midlayer.self_attn.v_proj.weight": (kv_size, 2 * H),
+        "midlayer.self_attn.o_proj.weight": (H, q_size),
+        "midlayer.post_attention_layernorm.weight": (H,),
+        "midlayer.mlp.gate_proj.weight": (inner, H),
+        "midlayer.mlp.up_proj.weight": (inner, H),
+        "midlayer.mlp.down_proj.weight": (H, inner),
+        "norm.weight": (H,),
+        "lm_head.weight": (draft_vocabulary, H),
+    }
+    params = {
+        name: 1 + 0.3 * rng.normal(size=shape) if len(shape) == 1 else rng.normal(size=shape) * 0.5
+        for name, shape in shapes.items()
+    }
+    draft_ids = np.sort(rng.choice(vocabulary, draft_vocabulary, replace=False))
+    garbage = np.where(segments > 0, 1.0, 30.0)[..., None]
+    batch = Batch(
+        tokens=rng.integers(0, vocabulary, turns.shape),
+        turns=turns,
+        segments=segments,
+        positions=positions,
+        aux=rng.normal(size=(*turns.shape, 3 * H)) * garbage,
+        final=rng.normal(size=(*turns.shape, H)) * garbage,
+    )
+    teacher = Teacher(rng.normal(size=(vocabulary, H)), rng.normal(size=(vocabulary, H)) * 0.5)
+    return Problem(head, params, teacher, draft_ids - np.arange(draft_vocabulary), batch)
+
+
 def rms_norm(x, weight, eps):
     """x / sqrt(mean x^2 + eps) * weight, over the last dimension."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
@@ -59,12 +134,15 @@ def silu(x):
 
 
 def rotate(x, position, theta):
-    """Rotary embedding of one head [d] at one position: dimension n turns with dimension n + d/2."""
+    """Rotary embedding of one head [d] at a position: dimension n turns with dimension n + d/2."""
     half = x.shape[-1] // 2
     angle = position * theta ** (-np.arange(half) / half)
     first, second = x[:half], x[half:]
     return np.concatenate(
-        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
+        [
+            first * np.cos(angle) - second * np.sin(angle),
+            second * np.cos(angle) + first * np.sin(angle),
+        ]
     )
 
 
@@ -73,11 +151,11 @@ def attend(query, keys, values):
     scores = np.array([query @ key for key in keys]) / np.sqrt(query.shape[-1])
     weights = np.exp(scores - scores.max())
     weights /= weights.sum()
-    return sum(weight * value for weight, value in zip(weights, values))
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
 
 def document_states(params, head, embedding, tokens, aux, steps):
-    """States after each step for one document alone: [K, n, H], NaN where x[i+1+k] does not exist."""
+    """States after each step, one document alone: [K, n, H], NaN where x[i+1+k] is missing."""
     n, width = len(tokens), embedding.shape[1]
     shared = head.heads // head.kv_heads
     weight = {name: np.asarray(array, np.float64) for name, array in params.items()}
@@ -125,22 +203,19 @@ def log_softmax(x):
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def is_aligned(tokens_of, assistant, i, k, alignment):
+def is_aligned(turns, i, k, alignment):
     """Whether row i of one document counts at step k, before the vocabulary is asked.
 
-    serving: x[i+1] .. x[i+2+k] are all written by the assistant, without a break, in this document.
+    serving: x[i+1] .. x[i+2+k] are all written by the assistant, in one turn, in this document.
     specforge: the mask is not shifted with the ids and slides left with k; the label must exist.
     """
-    n = tokens_of
+    n = len(turns)
     if alignment == "serving":
         if i + 2 + k >= n:
             return False
-        for t in range(i + 1, i + 2 + k + 1):
-            if not assistant[t]:
-                return False
-        return True
+        return all(turns[t] > 0 and turns[t] == turns[i + 1] for t in range(i + 1, i + 2 + k + 1))
     if alignment == "specforge":
-        return i + 1 + k < n and bool(assistant[i + k])
+        return i + 1 + k < n and bool(turns[i + k] > 0)
     raise ValueError(alignment)
 
 
@@ -155,6 +230,10 @@ def documents_of(segments):
     return found
 
 
+def unpack(problem):
+    return problem.params, problem.head, problem.teacher, problem.d2t, problem.batch
+
+
 @dataclasses.dataclass
 class Rows:
     """What happened at step k in row i of batch row b; all arrays are [K, B, T]."""
@@ -166,25 +245,25 @@ class Rows:
     alpha: np.ndarray
 
 
-def rollout(params, head, teacher, d2t, batch, steps, alignment="serving"):
+def rollout(problem, steps, alignment="serving"):
     """Losses, hits and overlaps of every aligned row, each document on its own."""
+    params, head, teacher, d2t, batch = unpack(problem)
     num_rows, length = batch.tokens.shape
     draft_ids = np.arange(len(d2t)) + np.asarray(d2t)  # target id of each draft id
     in_draft = set(draft_ids.tolist())
     norm, lm_head = (np.asarray(params[n], np.float64) for n in ("norm.weight", "lm_head.weight"))
     shape = (steps, num_rows, length)
-    rows = Rows(
-        np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
-    )
+    flags = [np.zeros(shape, bool) for _ in range(3)]
+    rows = Rows(*flags, loss=np.zeros(shape), alpha=np.zeros(shape))
     for b in range(num_rows):
         for start, end in documents_of(batch.segments[b]):
-            tokens, assistant = batch.tokens[b, start:end], batch.assistant[b, start:end]
+            tokens, turns = batch.tokens[b, start:end], batch.turns[b, start:end]
             aux = np.asarray(batch.aux[b, start:end], np.float64)
             final = np.asarray(batch.final[b, start:end], np.float64)
             states = document_states(params, head, teacher.embedding, tokens, aux, steps)
             for k in range(steps):
                 for i in range(end - start):
-                    if not is_aligned(end - start, assistant, i, k, alignment):
+                    if not is_aligned(turns, i, k, alignment):
                         continue
                     target_logits = teacher.lm_head @ final[i + 1 + k]
                     best = int(np.argmax(target_logits))
@@ -197,13 +276,14 @@ def rollout(params, head, teacher, d2t, batch, steps, alignment="serving"):
                     rows.correct[at] = draft_ids[int(np.argmax(log_q))] == best
                     rows.loss[at] = -np.sum(p * log_q)
                     rows.alpha[at] = sum(
-                        min(p_full[target], np.exp(log_q[draft])) for draft, target in enumerate(draft_ids)
+                        min(p_full[target], np.exp(log_q[draft]))
+                        for draft, target in enumerate(draft_ids)
                     )
     return rows
 
 
 def total_loss(rows, decay=0.8, denominator="counted"):
-    """sum_k decay^k loss_k; each loss_k over its counted rows, or over all B*T positions (specforge)."""
+    """sum_k decay^k loss_k; each loss_k over its counted rows, or over all B*T positions."""
     steps, num_rows, length = rows.loss.shape
     total = 0.0
     for k in range(steps):
@@ -241,21 +321,23 @@ def metrics(rows):
     return {name: np.asarray(value) for name, value in out.items()}
 
 
-def torch_total(
-    params, head, teacher, d2t, batch, steps, alignment="serving", denominator="counted", decay=0.8
-):
-    """(total, gradient of every parameter) by autograd in float64: one dense [T, T + k*T] mask per row.
+def torch_total(problem, steps, alignment="serving", denominator="counted", decay=0.8):
+    """(total, gradient of every parameter) by autograd in float64: one [T, T + k*T] mask per row.
 
-    Here a packed row is NOT cut into documents: its mask separates them, and positions run through the
-    whole row, which rotary embedding (relative by construction) must not notice.
+    Here a packed row is NOT cut into documents: its mask separates them, and positions run through
+    the whole row, which rotary embedding (relative by construction) must not notice.
     """
     import torch
 
+    params, head, teacher, d2t, batch = unpack(problem)
     f64 = torch.float64
     weight = {
-        name: torch.tensor(np.asarray(array), dtype=f64, requires_grad=True) for name, array in params.items()
+        name: torch.tensor(np.asarray(array), dtype=f64, requires_grad=True)
+        for name, array in params.items()
     }
-    embedding, target_head = (torch.tensor(a, dtype=f64) for a in (teacher.embedding, teacher.lm_head))
+    embedding, target_head = (
+        torch.tensor(a, dtype=f64) for a in (teacher.embedding, teacher.lm_head)
+    )
     draft_ids = torch.arange(len(d2t)) + torch.tensor(np.asarray(d2t), dtype=torch.int64)
     in_draft = torch.zeros(len(target_head), dtype=torch.bool)
     in_draft[draft_ids] = True
@@ -281,7 +363,7 @@ def torch_total(
     for b in range(num_rows):
         tokens = torch.tensor(batch.tokens[b], dtype=torch.int64)
         segments = torch.tensor(batch.segments[b], dtype=torch.int64)
-        assistant = torch.tensor(batch.assistant[b]).bool()
+        turns = torch.tensor(batch.turns[b], dtype=torch.int64)
         final = torch.tensor(batch.final[b], dtype=f64)
         target_logits = final @ target_head.T
         teacher_p = torch.softmax(target_logits[:, draft_ids], -1)
@@ -300,7 +382,9 @@ def torch_total(
                 -1,
             )
             query, key, value = (
-                (inputs @ weight[f"midlayer.self_attn.{p}_proj.weight"].T).view(length, -1, head.head_dim)
+                (inputs @ weight[f"midlayer.self_attn.{p}_proj.weight"].T).view(
+                    length, -1, head.head_dim
+                )
                 for p in "qkv"
             )
             query, key = turn(query, index + k), turn(key, index + k)
@@ -320,11 +404,12 @@ def torch_total(
             loss = -(shift(teacher_p, 1 + k) * log_q).sum(-1)
 
             if alignment == "serving":
-                aligned = torch.ones(length, dtype=torch.bool)
+                aligned = shift(turns, 1) > 0
                 for ahead in range(1, k + 3):
-                    aligned &= shift(assistant, ahead) & (shift(segments, ahead) == segments)
+                    aligned &= shift(turns, ahead) == shift(turns, 1)
+                    aligned &= shift(segments, ahead) == segments
             else:
-                aligned = shift(assistant, k) if k else assistant
+                aligned = shift(turns, k) > 0 if k else turns > 0
                 aligned = aligned & (shift(segments, 1 + k) == segments)
             counted = aligned & (segments > 0) & shift(teacher_in, 1 + k)
             sums[k] = sums[k] + torch.where(counted, loss, torch.zeros_like(loss)).sum()

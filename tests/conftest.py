@@ -1,0 +1,22 @@
+"""Every test runs on eight forced CPU devices, with exact float32 matrix products.
+
+The programs are tiny and run once or twice, so XLA is told not to optimize them: compiling takes
+less than half the time. All this must be said before jax is imported; what the user has set stays.
+"""
+
+import os
+
+WANTED = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+
+flags = os.environ.get("XLA_FLAGS", "")
+missing = [flag for flag in WANTED if flag.split("=")[0] not in flags]
+os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")

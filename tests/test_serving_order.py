@@ -1,0 +1,276 @@
+"""The rollout trains exactly what serving does.
+
+Serving is played here with KV caches: prefill, draft k tokens, verify, accept some, go on. Every head
+evaluation of it has a row i and a step k; its logits must be those of the rollout at (i, k), which
+they are only if feature, token, rotary position and visible keys are all the same.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CAPTURE, random_head, random_target, tiny_dims, tiny_head_dims
+
+from MaxDraft.decoding.generate import TargetModel, decode_plain
+from MaxDraft.decoding.speculative import DraftModel, accept_sampled, decode_speculative
+from MaxDraft.drafts import eagle3
+from MaxDraft.drafts.alignment import aligned_rows
+from MaxDraft.drafts.rollout import rollout
+from MaxDraft.targets import decoder
+
+TARGET = tiny_dims()
+HEAD = tiny_head_dims(TARGET, draft_vocab_size=7)
+DRAFT_TO_TARGET = jnp.array([0, 1, 3, 4, 7, 9, 11], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return random_target(TARGET), random_head(HEAD)
+
+
+def rollout_logits(target_params, head_params, tokens, steps):
+    """float32 [K, T, D]: the head's logits at every row and step of one document."""
+    tokens = jnp.asarray(tokens, jnp.int32)[None]
+    return np.asarray(_rollout_logits(target_params, head_params, tokens, steps))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _rollout_logits(target_params, head_params, tokens, steps):
+    positions = jnp.arange(tokens.shape[1])[None]
+    segments = jnp.ones_like(tokens)
+    embeddings, features, _ = decoder.features(
+        target_params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, block=8
+    )
+    states = rollout(
+        head_params, HEAD, embeddings, features, positions, segments, steps, block=8
+    )
+    return jnp.stack([eagle3.logits(head_params, HEAD, state)[0] for state in states])
+
+
+@pytest.mark.parametrize("acceptance", ["none", "some", "all"])
+def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, acceptance):
+    target_params, head_params = pair
+    rng = np.random.default_rng(0)
+    steps, start, end, length = 4, 9, 33, 40  # the reply is x[9..32]
+    tokens = rng.integers(0, TARGET.vocab_size, length)
+    trained = rollout_logits(target_params, head_params, tokens, steps)
+    turn_ids = np.zeros((1, length), np.int32)
+    turn_ids[0, start:end] = 1
+    aligned = np.asarray(
+        aligned_rows(jnp.asarray(turn_ids), jnp.ones((1, length), jnp.int32), steps, "serving")
+    )[:, 0]
+
+    target = TargetModel(TARGET, CAPTURE, jnp.float32)
+    head = DraftModel(HEAD, jnp.float32)
+    cache = target.empty_cache(1, length + steps + 1)
+    head_cache = head.empty_cache(1, length + steps + 1)
+
+    def embed(ids):
+        return decoder.embed(target_params, jnp.asarray(ids, jnp.int32)[None], jnp.float32)
+
+    def read(first, last, cache, head_cache):
+        """Target reads x[first..last], head reads the same rows with real features."""
+        rows = jnp.arange(first, last + 1)[None]
+        features, _, cache = target.extend(
+            target_params, cache, jnp.asarray(tokens[None, first : last + 1], jnp.int32), rows
+        )
+        fused = eagle3.fuse(head_params, features)
+        states, head_cache = head.step(
+            head_params, head_cache, embed(tokens[first + 1 : last + 2]), fused, rows
+        )
+        return states[:, -1:], cache, head_cache
+
+    visited = np.zeros_like(aligned)
+    state, cache, head_cache = read(0, start - 1, cache, head_cache)
+    row = start - 1
+    while row + 2 < end:  # there is still a token to draft
+        drafted, chain_cache = state, head_cache
+        for k in range(steps):
+            if k > 0:
+                drafted, chain_cache = head.step(
+                    head_params,
+                    chain_cache,
+                    embed(tokens[row + 1 + k : row + 2 + k]),
+                    drafted,
+                    jnp.array([[row + k]]),
+                )
+            if row + 2 + k < end:
+                visited[k, row] = True
+                got = np.asarray(eagle3.logits(head_params, HEAD, drafted))[0, 0]
+                np.testing.assert_allclose(got, trained[k, row], rtol=1e-4, atol=1e-4)
+        accepted = {"none": 0, "some": int(rng.integers(0, steps + 1)), "all": steps}[acceptance]
+        accepted = min(accepted, end - row - 3)
+        # The drafted keys stay in the cache, as in serving: the verified rows are written over them.
+        state, cache, head_cache = read(row + 1, row + 1 + accepted, cache, chain_cache)
+        row += 1 + accepted
+
+    assert not (visited & ~aligned).any()
+    if acceptance == "none":  # then serving stands at every row once
+        assert (visited == aligned).all()
+
+
+def greedy_chain(target_params, head_params, committed, steps):
+    """The chain that serving drafts after `committed`, from whole-sequence passes without caches."""
+    tokens = list(committed)
+    for k in range(steps):
+        # Pads past the end: causal attention never sees them, and shapes stay the same.
+        padded = tokens + [0] * (64 - len(tokens))
+        logits = rollout_logits(target_params, head_params, padded, steps)
+        draft = int(DRAFT_TO_TARGET[logits[k, len(committed) - 2].argmax()])
+        tokens.append(draft)
+    return tokens[len(committed) :]
+
+
+def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(pair):
+    target_params, head_params = pair
+    steps, new_tokens, stop = 3, 24, (5,)
+    prompts = np.random.default_rng(1).integers(0, TARGET.vocab_size, (2, 11)).astype(np.int32)
+    lengths = np.array([11, 7], np.int32)
+    reply = jax.jit(
+        functools.partial(
+            decode_speculative,
+            TargetModel(TARGET, CAPTURE, jnp.float32),
+            DraftModel(HEAD, jnp.float32),
+            draft_steps=steps,
+            max_new_tokens=new_tokens,
+            stop_ids=stop,
+            temperature=0.0,
+        )
+    )(target_params, head_params, DRAFT_TO_TARGET, prompts, lengths, jax.random.key(0))
+
+    @jax.jit
+    def target_argmax(tokens):
+        ones = jnp.ones_like(tokens)
+        _, _, last = decoder.features(
+            target_params, tokens, jnp.arange(64)[None], ones, TARGET, CAPTURE, jnp.float32, 64
+        )
+        return jnp.argmax(decoder.logits(target_params, last)[0], -1)
+
+    for prompt, length, tokens, count, verify_steps, accepted in zip(
+        prompts, lengths, reply.tokens, reply.length, reply.verify_steps, reply.accepted,
+        strict=True,
+    ):
+        def best(text):
+            padded = np.array(text + [0] * (64 - len(text)), np.int32)[None]
+            return np.asarray(target_argmax(padded))
+
+        text = prompt[:length].tolist()
+        text.append(int(best(text)[len(text) - 1]))
+        rounds, histogram = 0, np.zeros(steps, int)
+        while len(text) - length < new_tokens and text[-1] not in stop:
+            drafts = greedy_chain(target_params, head_params, text, steps)
+            choice = best(text + drafts)[len(text) - 1 :][: steps + 1]
+            kept = 0
+            while kept < steps and drafts[kept] == choice[kept]:
+                kept += 1
+            histogram[:kept] += 1
+            rounds += 1
+            for token in choice[: kept + 1].tolist():
+                if len(text) - length < new_tokens and text[-1] not in stop:
+                    text.append(token)
+        assert tokens[:count].tolist() == text[length:]
+        assert int(verify_steps) == rounds
+        assert accepted.tolist() == histogram.tolist()
+
+
+@pytest.mark.parametrize("draft_steps", [1, 3, 5])
+def test_greedy_speculative_output_equals_plain_output(pair, draft_steps):
+    target_params, head_params = pair
+    model = TargetModel(TARGET, CAPTURE, jnp.float32)
+    prompts = np.random.default_rng(2).integers(0, TARGET.vocab_size, (4, 9)).astype(np.int32)
+    lengths = np.array([9, 3, 6, 1], np.int32)
+    settings = {"max_new_tokens": 30, "stop_ids": (2, 5), "temperature": 0.0}
+    plain = jax.jit(functools.partial(decode_plain, model, **settings))(
+        target_params, prompts, lengths, jax.random.key(0)
+    )
+    drafted = jax.jit(
+        functools.partial(
+            decode_speculative,
+            model,
+            DraftModel(HEAD, jnp.float32),
+            draft_steps=draft_steps,
+            **settings,
+        )
+    )(target_params, head_params, DRAFT_TO_TARGET, prompts, lengths, jax.random.key(0))
+    np.testing.assert_array_equal(plain.length, drafted.length)
+    np.testing.assert_array_equal(plain.tokens, drafted.tokens)
+    assert len(set(plain.length.tolist())) > 1  # some stopped early, some ran on
+
+
+def test_rejection_sampling_leaves_the_targets_distribution_unchanged():
+    # One draft from a q unlike p, twice as many tokens as q has: over many draws the first
+    # committed token must follow p, and the second, after an acceptance, p of its own position.
+    rng = np.random.default_rng(3)
+    vocab, draws = 8, 200_000
+    p = rng.dirichlet(np.ones(vocab), 2)
+    q = rng.dirichlet(np.ones(vocab), 1)
+    q[:, 4:] = 0.0
+    q /= q.sum()
+    drafts = rng.choice(vocab, size=(draws, 1), p=q[0]).astype(np.int32)
+    accepted, tokens = jax.jit(accept_sampled)(
+        jax.random.key(0),
+        jnp.asarray(drafts),
+        jnp.broadcast_to(jnp.asarray(q, jnp.float32), (draws, 1, vocab)),
+        jnp.broadcast_to(jnp.asarray(p, jnp.float32), (draws, 2, vocab)),
+    )
+    accepted, tokens = np.asarray(accepted), np.asarray(tokens)
+
+    def check(sample, expected):  # five standard deviations of a binomial share
+        share = np.bincount(sample, minlength=vocab) / len(sample)
+        assert (abs(share - expected) < 5 * np.sqrt(expected / len(sample))).all()
+
+    check(tokens[:, 0], p[0])
+    check(tokens[accepted == 1, 1], p[1])
+    # The rate of acceptance is sum min(p, q).
+    rate = np.minimum(p[0], q[0]).sum()
+    assert abs(accepted.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / draws)
+
+
+def test_sampled_decoding_follows_the_targets_distribution(pair):
+    # Two new tokens at temperature 0.7, many samples: the pair's distribution is the target's.
+    target_params, head_params = pair
+    prompt, draws, temperature = np.array([3, 8, 1, 4], np.int32), 20_000, 0.7
+    reply = jax.jit(
+        functools.partial(
+            decode_speculative,
+            TargetModel(TARGET, CAPTURE, jnp.float32),
+            DraftModel(HEAD, jnp.float32),
+            draft_steps=2,
+            max_new_tokens=2,
+            stop_ids=(99,),
+            temperature=temperature,
+        )
+    )(
+        target_params,
+        head_params,
+        DRAFT_TO_TARGET,
+        np.tile(prompt, (draws, 1)),
+        np.full(draws, 4, np.int32),
+        jax.random.key(5),
+    )
+
+    def distribution(text):
+        tokens = jnp.asarray(text, jnp.int32)[None]
+        _, _, last = decoder.features(
+            target_params,
+            tokens,
+            jnp.arange(len(text))[None],
+            jnp.ones_like(tokens),
+            TARGET,
+            CAPTURE,
+            jnp.float32,
+            16,
+        )
+        logits = np.asarray(decoder.logits(target_params, last))[0, -1] / temperature
+        weights = np.exp(logits - logits.max())
+        return weights / weights.sum()
+
+    first = distribution(prompt.tolist())
+    expected = np.array(
+        [first[a] * distribution([*prompt.tolist(), a]) for a in range(TARGET.vocab_size)]
+    )
+    share = np.zeros_like(expected)
+    np.add.at(share, tuple(np.asarray(reply.tokens).T), 1 / draws)
+    assert (abs(share - expected) < 5 * np.sqrt(expected / draws) + 1e-4).all()

@@ -1,0 +1,399 @@
+"""convert/: reading safetensors, config.json checks, and the target on its devices.
+
+Files are written by the safetensors library or by hand, never by the code under test.
+"""
+
+import json
+import struct
+from pathlib import Path
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import models
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from MaxDraft import pyconfig, sharding
+from MaxDraft.convert.safetensors_files import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    StoredTensor,
+    open_safetensors,
+)
+from MaxDraft.convert.target_checkpoint import (
+    check_target_config,
+    load_target,
+    read_config,
+    target_fingerprint,
+    unused_tensors,
+)
+from MaxDraft.layers.params import flatten, shardings
+from MaxDraft.targets import decoder
+
+BASE_YML = Path(__file__).parent.parent / "configs" / "base.yml"
+DIMS = models.tiny_dims(vocab_size=32)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def table(dtype=jnp.float32, dims=DIMS):
+    return decoder.decoder_params(dims, models.CAPTURE, dtype)
+
+
+def random_tensors(dtype=np.float32, seed=0):
+    """Every tensor of the tiny target as a checkpoint has it, [out, in]."""
+    rng = np.random.default_rng(seed)
+    H, I, V, q, kv = 32, 48, 32, 32, 16
+    shapes = {
+        "model.embed_tokens.weight": (V, H),
+        "model.norm.weight": (H,),
+        "lm_head.weight": (V, H),
+    }
+    for layer in range(6):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            prefix + "input_layernorm.weight": (H,),
+            prefix + "self_attn.q_proj.weight": (q, H),
+            prefix + "self_attn.k_proj.weight": (kv, H),
+            prefix + "self_attn.v_proj.weight": (kv, H),
+            prefix + "self_attn.o_proj.weight": (H, q),
+            prefix + "post_attention_layernorm.weight": (H,),
+            prefix + "mlp.gate_proj.weight": (I, H),
+            prefix + "mlp.up_proj.weight": (I, H),
+            prefix + "mlp.down_proj.weight": (H, I),
+        }
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def save_shards(folder, tensors, shards=3):
+    """Splits the tensors over files and writes their index."""
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    content = {"metadata": {}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(content))
+    return content
+
+
+def expected_leaf(tensors, param):
+    names = [param.tensor]
+    if param.layers is not None:
+        names = [param.tensor.format(layer=layer) for layer in param.layers]
+    arrays = [tensors[name].T if param.transposed else tensors[name] for name in names]
+    return arrays[0] if param.layers is None else np.stack(arrays)
+
+
+def assert_is(tree, params, tensors):
+    for (name, param), leaf in zip(flatten(params), jax.tree.leaves(tree), strict=True):
+        expected = expected_leaf(tensors, param).astype(param.dtype)
+        assert leaf.dtype == param.dtype, name
+        np.testing.assert_array_equal(np.asarray(leaf), expected, err_msg=name)
+
+
+# ------------------------------------------------------------------------------ safetensors
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_slice_reads_as_the_whole_does(tmp_path, dtype):
+    whole = np.random.default_rng(0).standard_normal((70, 9)).astype(dtype)
+    save_file({"pad": np.ones(3, np.bool_), "w": whole}, tmp_path / SINGLE)
+    stored = open_safetensors(tmp_path)["w"]
+    assert stored.shape == (70, 9)
+    np.testing.assert_array_equal(stored.read(), whole)
+    index = (slice(3, 69), slice(2, 5))
+    np.testing.assert_array_equal(stored.read(index), whole[index])
+    out = np.empty((3, 66), np.float32)
+    stored.copy_to(out, index, transposed=True)
+    np.testing.assert_array_equal(out, whole[index].T.astype(np.float32))
+
+
+def test_a_truncated_file_is_named_with_both_sizes(tmp_path):
+    save_file({"w": np.ones((8, 8), np.float32)}, tmp_path / SINGLE)
+    raw = (tmp_path / SINGLE).read_bytes()
+    (tmp_path / SINGLE).write_bytes(raw[:-10])
+    with pytest.raises(CheckpointError, match=rf"says {len(raw)} bytes.* has {len(raw) - 10}"):
+        open_safetensors(tmp_path)
+    (tmp_path / SINGLE).write_bytes(raw[:20])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole"):
+        open_safetensors(tmp_path)
+    (tmp_path / SINGLE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 bytes"):
+        open_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{not json",
+        b"[1, 2]",
+        b'{"w": {"dtype": "F32", "shape": [2]}}',
+        b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]}}',
+        b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
+        b'{"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}}',
+    ],
+)
+def test_a_broken_header_is_named(tmp_path, header):
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has a broken .*header"):
+        open_safetensors(tmp_path)
+
+
+def test_an_index_must_name_what_is_there(tmp_path):
+    tensors = random_tensors()
+    content = save_shards(tmp_path, tensors)
+    assert open_safetensors(tmp_path).keys() == tensors.keys()
+    content["weight_map"]["ghost.weight"] = "model-00001-of-00003.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"ghost\.weight in model-00001"):
+        open_safetensors(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="names model-00002-of-00003"):
+        open_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../x.safetensors", "/x.safetensors", "a/../../x", "..\\x"])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"w": path}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_safetensors(folder)
+
+
+def test_pickles_are_not_read_and_the_way_out_is_said(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match=r"pickles.*not read here[\s\S]*weights_only=True"):
+        open_safetensors(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        open_safetensors(tmp_path / "nowhere")
+
+
+def test_two_truths_in_one_folder_are_refused(tmp_path):
+    save_shards(tmp_path, random_tensors())
+    save_file(random_tensors(), tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="out of date"):
+        open_safetensors(tmp_path)
+
+
+# ------------------------------------------------------------------------------- config.json
+def test_a_missing_or_broken_config_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        read_config(tmp_path)
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+OLD_ROPE = {"rope_theta": 500000.0, "rope_scaling": LLAMA3}
+NEW_ROPE = {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}
+
+
+@pytest.mark.parametrize("expected", [OLD_ROPE, NEW_ROPE, {"rope_theta": 500000}])
+@pytest.mark.parametrize("found", [OLD_ROPE, NEW_ROPE])
+def test_both_spellings_of_rope_say_the_same(expected, found):
+    check_target_config({**CONFIG, **expected}, {**CONFIG, **found}, "a.yml")
+
+
+def test_what_config_json_leaves_out_has_its_usual_meaning():
+    expected = {"head_dim": 128, "tie_word_embeddings": False, "attention_bias": False}
+    check_target_config({**CONFIG, **expected}, {**CONFIG, **OLD_ROPE}, "a.yml")
+    check_target_config({"num_key_value_heads": 24}, {"num_attention_heads": 24}, "a.yml")
+    plain = {"rope_theta": 1e4, "rope_scaling": None}
+    check_target_config(plain, {"rope_parameters": {"rope_theta": 1e4}}, "a.yml")
+    typed = {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2}}
+    named = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+    check_target_config(named, typed, "a.yml")
+
+
+def test_a_frozen_model_file_compares_as_json_does():
+    expected = MappingProxyType({"eos_token_id": (1, 2), "rope_scaling": MappingProxyType(LLAMA3)})
+    check_target_config(expected, {"eos_token_id": [1, 2], "rope_scaling": LLAMA3}, "a.yml")
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        check_target_config(expected, {"eos_token_id": [1], "rope_scaling": LLAMA3}, "a.yml")
+
+
+def test_every_differing_field_is_in_one_error():
+    expected = {**CONFIG, **OLD_ROPE, "head_dim": 128, "tie_word_embeddings": True, "x": 1}
+    found = {**CONFIG, "hidden_size": 4096, "rope_theta": 1e4, "rope_scaling": None}
+    with pytest.raises(CheckpointError) as error:
+        check_target_config(expected, found, "configs/models/a.yml")
+    text = str(error.value)
+    assert "configs/models/a.yml" in text
+    for part in (
+        "hidden_size: the model file has 3072, config.json has 4096",
+        "head_dim: the model file has 128, config.json has 170",
+        "tie_word_embeddings: the model file has True, config.json has False",
+        "rope_theta: the model file has 500000.0, config.json has 10000.0",
+        "factor: the model file has 32.0, config.json does not have it",
+        "rope_type: the model file has 'llama3', config.json has 'default'",
+        "x: the model file has 1, config.json does not have it",
+    ):
+        assert part in text
+    assert "rms_norm_eps" not in text
+
+
+# --------------------------------------------------------------------------------- fingerprint
+def test_the_fingerprint_tells_targets_apart_but_not_their_files(tmp_path):
+    folders = [tmp_path / name for name in ("single", "shards", "tuned", "config")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"b": 1, "a": 2}))
+    tensors = random_tensors()
+    save_file(tensors, folders[0] / SINGLE)
+    save_shards(folders[1], tensors)
+    (folders[1] / "config.json").write_text(json.dumps({"a": 2, "b": 1}, indent=1))
+    name = "model.layers.3.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name] + 1}, folders[2] / SINGLE)
+    save_file(tensors, folders[3] / SINGLE)
+    (folders[3] / "config.json").write_text(json.dumps({"b": 1, "a": 3}))
+    single, shards, tuned, config = map(target_fingerprint, folders)
+    assert single == shards
+    assert len({single, tuned, config}) == 3
+
+
+# ------------------------------------------------------------------------------------- loading
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_target_loads_on_one_device(tmp_path, stored, dtype):
+    tensors = random_tensors(stored)
+    save_file(tensors, tmp_path / SINGLE)
+    loaded = load_target(tmp_path, table(dtype))
+    assert_is(loaded, table(dtype), tensors)
+    assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(loaded))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 4), (2, 2, 2), (8, 1, 1)])
+def test_a_target_loads_under_the_rules_of_base_yml(tmp_path, shape):
+    rules = pyconfig.initialize(["test", str(BASE_YML)]).logical_axis_rules
+    tensors = random_tensors(ml_dtypes.bfloat16)
+    save_shards(tmp_path, tensors)
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    params = table(jnp.bfloat16)
+    placement = shardings(params, Mesh(devices, ("data", "fsdp", "tensor")), rules)
+    loaded = load_target(tmp_path, params, placement)
+    assert_is(loaded, params, tensors)
+    for leaf, place in zip(jax.tree.leaves(loaded), jax.tree.leaves(placement), strict=True):
+        assert leaf.sharding == place
+
+
+def test_replicas_are_read_once_and_shards_only_their_part(tmp_path, monkeypatch):
+    save_file(random_tensors(), tmp_path / SINGLE)
+    read = []
+    copy_to = StoredTensor.copy_to
+
+    def counting(self, out, index, transposed):
+        read.append((self.name, out.size))
+        copy_to(self, out, index, transposed)
+
+    monkeypatch.setattr(StoredTensor, "copy_to", counting)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "fsdp"))
+    params = table()
+    rules = [("target_embed", ["fsdp"])]
+    load_target(tmp_path, params, shardings(params, mesh, rules))
+    sizes = {}
+    for name, size in read:
+        sizes.setdefault(name, []).append(size)
+    assert sizes["model.layers.0.mlp.up_proj.weight"] == [32 * 48 // 4] * 4
+    assert sizes["model.norm.weight"] == [32]
+
+
+def test_all_missing_and_misshaped_tensors_are_in_one_error(tmp_path):
+    tensors = random_tensors()
+    del tensors["model.layers.5.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = np.ones(31, np.float32)
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.ones((32, 16), np.float32)
+    tensors["model.layers.1.self_attn.k_proj.weight"] = np.ones((16, 32), np.int32)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError) as error:
+        load_target(tmp_path, table())
+    text = str(error.value)
+    assert "model.layers.5.mlp.up_proj.weight: missing, expected [48, 32]" in text
+    assert "model.norm.weight: expected [32], found [31]" in text
+    assert "model.layers.0.self_attn.k_proj.weight: expected [16, 32], found [32, 16]" in text
+    assert "model.layers.1.self_attn.k_proj.weight: dtype I32" in text
+
+
+def test_an_fp8_tensor_is_refused_by_name_and_dtype(tmp_path):
+    tensors = random_tensors()
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=rf"{name}: dtype F8_E4M3.*not quantised"):
+        load_target(tmp_path, table())
+    with pytest.raises(CheckpointError, match="F8_E4M3, which cannot be read"):
+        open_safetensors(tmp_path)[name].read()
+
+
+def test_a_tied_head_may_or_may_not_have_its_second_copy(tmp_path):
+    params = table()
+    del params["head"]
+    tensors = random_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / SINGLE)
+    assert_is(load_target(tmp_path, params), params, tensors)
+    assert unused_tensors(tmp_path, params) == []
+    tensors["lm_head.weight"][16] += 1
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="ties the LM head"):
+        load_target(tmp_path, params)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / SINGLE)
+    assert_is(load_target(tmp_path, params), params, tensors)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: missing"):
+        load_target(tmp_path, table())
+
+
+def test_tensors_that_nothing_reads_are_listed(tmp_path):
+    extra = {
+        "model.layers.6.mlp.up_proj.weight": np.ones((48, 32), np.float32),
+        "model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    save_file({**random_tensors(), **extra}, tmp_path / SINGLE)
+    assert unused_tensors(tmp_path, table()) == sorted(extra)[:1] + sorted(extra)[2:]
+
+
+def test_names_without_their_prefix_are_not_guessed(tmp_path):
+    tensors = {name.removeprefix("model."): w for name, w in random_tensors().items()}
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"'embed_tokens\.weight' where 'model\.embed_tokens"):
+        load_target(tmp_path, table())
+
+
+def test_one_device_holds_only_its_rows_of_a_row_split(tmp_path):
+    tensors = random_tensors()
+    save_file(tensors, tmp_path / SINGLE)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    place = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), table())
+    place["embed"] = NamedSharding(mesh, PartitionSpec("x"))
+    embed = load_target(tmp_path, table(), place)["embed"]
+    part = embed.addressable_shards[1]
+    np.testing.assert_array_equal(part.data, tensors["model.embed_tokens.weight"][8:16])
+
+
+def test_a_dimension_that_cannot_be_split_is_named():
+    mesh = Mesh(np.array(jax.devices()[:5]), ("fsdp",))
+    with pytest.raises(sharding.ShardingError, match="32 cannot be split over 5"):
+        shardings(table(), mesh, [("target_embed", ["fsdp"])])
