@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from MaxDraft import pyconfig
+from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
 from MaxDraft.train_step import TrainState
 
@@ -72,9 +73,9 @@ class Checkpoints:
     batch size, the number of steps, ... as JSON values.
     """
 
-    def __init__(self, config: Config, identity: Mapping[str, Any]):
+    def __init__(self, config: Config, identity: Mapping[str, Any] | None = None):
         self._config = config
-        self._identity = dict(identity)
+        self._identity = dict(identity or {})
         self._folder = config.run_directory / "checkpoints"
         self._manager = self._open()
 
@@ -83,7 +84,7 @@ class Checkpoints:
             [
                 checkpoint_managers.LatestN(n=self._config.max_num_checkpoints_to_keep),
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
+                    get_metric_fn=_held_out_loss,
                     reverse=True,  # the lowest held-out loss ranks last, and the last n are kept
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -94,10 +95,12 @@ class Checkpoints:
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
+                best_fn=_held_out_loss,  # without it the metrics are not written
+                best_mode="min",
                 enable_async_checkpointing=self._config.async_checkpointing,
                 cleanup_tmp_directories=True,
             ),
-            item_names=("state", "vocabulary", "meta"),
+            item_names=("params", "optimizer", "vocabulary", "meta"),
         )
 
     def save(
@@ -120,7 +123,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(_rest(state)),
                     vocabulary=ocp.args.StandardSave({"draft_to_target": draft_to_target}),
                     meta=ocp.args.JsonSave(meta),
                 ),
@@ -175,26 +179,22 @@ class Checkpoints:
             )
         return None
 
-    def restore_params(
-        self, which: str, abstract_state: TrainState
-    ) -> tuple[int, TrainState, np.ndarray]:
-        """-> (step, state, draft_to_target) of the "best" or the "latest" checkpoint."""
+    def restore_params(self, which: str, abstract_params: Tree) -> tuple[int, Tree, np.ndarray]:
+        """-> (step, head, draft_to_target) of the "best" or the "latest" checkpoint."""
         step = self._manager.latest_step()
-        if which == "best":
-            metrics = {other: self._manager.metrics(other) for other in self._manager.all_steps()}
-            rated = {other: found["loss"] for other, found in metrics.items() if found}
-            step = min(rated, key=rated.get) if rated else step
         if step is None:
             raise ResumeError(f"no checkpoint in {self._folder}; run train.py first")
-        return (step, *self._restore(step, abstract_state))
-
-    def draft_to_target(self) -> np.ndarray | None:
-        """Ids of the draft vocabulary in the newest checkpoint, None where there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        args = ocp.args.Composite(vocabulary=ocp.args.StandardRestore())
-        return np.asarray(self._manager.restore(step, args=args)["vocabulary"]["draft_to_target"])
+        if which == "best":
+            best = self._manager.best_step()
+            step = best if best is not None else step  # none was evaluated
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract_params),
+                vocabulary=ocp.args.StandardRestore(),
+            ),
+        )
+        return step, restored["params"], np.asarray(restored["vocabulary"]["draft_to_target"])
 
     def close(self) -> None:
         """Waits for writes under way and lets go of the folder."""
@@ -205,11 +205,13 @@ class Checkpoints:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state),
+                params=ocp.args.StandardRestore(abstract_state.params),
+                optimizer=ocp.args.StandardRestore(_rest(abstract_state)),
                 vocabulary=ocp.args.StandardRestore(),
             ),
         )
-        return restored["state"], np.asarray(restored["vocabulary"]["draft_to_target"])
+        state = TrainState(params=restored["params"], **restored["optimizer"])
+        return state, np.asarray(restored["vocabulary"]["draft_to_target"])
 
     def _check_same_run(self, meta: Mapping[str, Any]) -> None:
         now = self._config.as_dict()
@@ -234,6 +236,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
         log(f"checkpoint {step} was moved to {aside}")
         self._manager = self._open()
+
+
+def _held_out_loss(metrics: Mapping[str, Any]) -> float:
+    return metrics["loss"]
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What evaluation and export do not need; stored apart, so that they need not read it."""
+    return {"step": state.step, "optimizer": state.optimizer}
 
 
 def _first_line(error: Exception) -> str:

@@ -62,7 +62,7 @@ class Programs:
     initialize: Callable[[Tree | None], TrainState]
     train: Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Frozen, Batch], dict[str, jax.Array]]
-    state_shardings: TrainState
+    abstract_state: TrainState  # shapes, dtypes and shardings, to restore into
     batch_sharding: NamedSharding
 
 
@@ -184,7 +184,7 @@ def make_programs(
         loss, sums = jax.tree.map(lambda x: x.sum(0), parts)
 
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
-        gradient_norm = optax.global_norm(gradient)
+        gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         new = TrainState(
             state.step + 1, optax.apply_updates(state.params, updates), new_optimizer
@@ -219,7 +219,7 @@ def make_programs(
     state_shardings = TrainState(
         step=everywhere,
         params=placement,
-        optimizer=optax.tree_utils.tree_map_params(
+        optimizer=optax.tree_map_params(
             optimizer,
             lambda _, place: place,
             moments,
@@ -242,6 +242,10 @@ def make_programs(
             under_rules(train), donate_argnums=0, out_shardings=(state_shardings, everywhere)
         ),
         evaluate=jax.jit(under_rules(evaluate), out_shardings=everywhere),
-        state_shardings=state_shardings,
+        abstract_state=jax.tree.map(
+            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+            jax.eval_shape(initialize, None),
+            state_shardings,
+        ),
         batch_sharding=sharding.named_sharding(mesh, rules, (None, "draft_batch", None)),
     )

@@ -78,11 +78,11 @@ class Outcome:
     sums: dict[str, np.ndarray]
     metrics: dict
     total: float
-    gradients: dict[str, np.ndarray]  # by checkpoint name
+    gradients: dict[str, np.ndarray] | None  # by checkpoint name
 
 
 @functools.lru_cache
-def _compiled(dims, steps, attention_block, vocab_block, decay):
+def _compiled(dims, steps, attention_block, vocab_block, decay, gradients):
     def judged(params, target, batch, draft_ids):
         embeddings = decoder.embed(target, batch["tokens"], jnp.float32)
         states = rollout(
@@ -110,6 +110,8 @@ def _compiled(dims, steps, attention_block, vocab_block, decay):
         total = losses.total_loss(rows.loss, counted, denominators, decay)
         return total, (rows, counted, metrics.sums(rows, aligned, counted))
 
+    if not gradients:
+        return jax.jit(lambda *args: (loss(*args), None))
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -123,10 +125,12 @@ def run(
     vocab_block=7,
     decay=0.8,
     counts=None,
+    gradients=True,
 ):
     """Rollout, judgement, total and gradients of a problem, in float32.
 
     counts: the denominators [K], where they are taken over more than this batch.
+    gradients: False compiles faster.
     """
     dims, batch = head_dims(problem), problem.batch
     table = head_params(dims)
@@ -150,7 +154,7 @@ def run(
     if counts is None:
         counts = np.zeros(steps) if denominator == "counted" else np.full(steps, turns.size)
     (total, (rows, counted, sums)), gradient = _compiled(
-        dims, steps, attention_block, vocab_block, decay
+        dims, steps, attention_block, vocab_block, decay, gradients
     )(
         params,
         target,
@@ -168,7 +172,7 @@ def run(
         sums=sums,
         metrics=metrics.finish(sums, decay),
         total=float(total),
-        gradients=named(table, gradient),
+        gradients=named(table, gradient) if gradients else None,
     )
 
 

@@ -228,15 +228,15 @@ def test_what_would_serve_wrongly_is_not_exported(tmp_path):
     dims, out = head_dims(), tmp_path / "export"
     params = models.random_head(dims)
 
-    def export(params=params, vocabulary=vocabulary(), config=TARGET_CONFIG):
-        export_head(out, params, dims, vocabulary, config, CAPTURE, "tiny")
+    def export(params=params, kept=IDS, config=TARGET_CONFIG):
+        export_head(out, params, dims, DraftVocabulary(kept, V), config, CAPTURE, "tiny")
 
     with pytest.raises(CheckpointError, match=r"fc\.weight holds numbers that are not finite"):
         export(params={**params, "fc": params["fc"].at[0, 0].set(np.nan)})
     with pytest.raises(CheckpointError, match=r"q_proj\.weight: expected \[64, 32\]"):
         export(params={**params, "q": params["q"].T})
     with pytest.raises(CheckpointError, match=f"19 of {V} tokens, the head {D} of {V}"):
-        export(vocabulary=DraftVocabulary(IDS[:-1], V))
+        export(kept=IDS[:-1])
     with pytest.raises(CheckpointError, match="hidden_size: the head has 32"):
         export(config={**TARGET_CONFIG, "hidden_size": 64})
     assert not list(tmp_path.iterdir())

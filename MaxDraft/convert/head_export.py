@@ -148,7 +148,7 @@ def export_head(
     and renamed when it is whole: an earlier export stays until then. A folder that holds anything
     but an export is never replaced.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     _may_be_replaced(folder)
     for field, ours in (("vocab_size", dims.target_vocab_size), ("hidden_size", dims.hidden_size)):
         if target_config.get(field) != ours:

@@ -163,8 +163,9 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map of tensor names to files")
+    weight_map = {name: str(shard) for name, shard in weight_map.items()}
     shards = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
+    for shard in sorted(set(weight_map.values())):
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts or "\\" in shard:
             raise CheckpointError(f"{index} points outside its folder: {shard!r}; not followed")

@@ -31,8 +31,24 @@ Record = dict[str, list[Message]]  # messages
 # Tests, what is not importable as a library, and what some distributions leave out or newer Python
 # versions have dropped: the text should differ little between installations.
 SKIPPED = frozenset(
-    "__pycache__ dist-packages distutils encodings ensurepip idlelib lib2to3 msilib pydoc_data "
-    "site-packages test tests tkinter turtle turtledemo venv".split()
+    {
+        "__pycache__",
+        "dist-packages",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "msilib",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "tkinter",
+        "turtle",
+        "turtledemo",
+        "venv",
+    }
 )
 FEWEST_ENTRIES = 1000  # a whole standard library has about three times as many
 SYSTEM_MESSAGES = (
@@ -259,7 +275,7 @@ def _methods(entry: Entry) -> tuple[str, str]:
     end = f"\n\nThere are {more} more." if more else ""
     return (
         f"Which methods has the class `{entry.path}`?",
-        f"The class `{entry.name}` has these methods:\n\n" + "\n".join(lines) + end,
+        f"The class `{entry.path}` has these methods:\n\n" + "\n".join(lines) + end,
     )
 
 
@@ -277,7 +293,7 @@ def _signature(entry: Entry, follows: bool) -> tuple[str, str]:
     question = f"How is {subject} called?" if follows else f"Show the signature of {subject}."
     return (
         question,
-        f"This is the signature of `{entry.name}`:\n\n"
+        f"The signature of `{entry.path}` is:\n\n"
         f"```python\ndef {entry.signature}\n```\n\n{_takes(entry)}",
     )
 
@@ -292,14 +308,14 @@ def _optional(entry: Entry) -> tuple[str, str]:
         else:
             lines.append(f"- `{parameter.name}` is optional, the default is `{parameter.default}`.")
     question = f"Which parameters of `{entry.signature}` are optional?"
-    return question, f"These are the parameters of `{entry.name}`:\n\n" + "\n".join(lines)
+    return question, f"The parameters of `{entry.signature}`:\n\n" + "\n".join(lines)
 
 
 def _import(entry: Entry) -> tuple[str, str]:
     names = ", ".join(p.name for p in entry.parameters if p.required)
     return (
         f"How do I use `{entry.name}` from `{entry.module}`?",
-        f"Import `{entry.name}` from the module `{entry.module}` and call it:\n\n"
+        f"Import `{entry.name}` from `{entry.module}` and call it:\n\n"
         f"```python\nfrom {entry.module} import {entry.name}\n\n"
         f"result = {entry.name}({names})\n```",
     )
@@ -307,8 +323,8 @@ def _import(entry: Entry) -> tuple[str, str]:
 
 def _place(entry: Entry) -> str:
     if entry.kind == "method":
-        return f"`{entry.name}` is a method of the class `{entry.owner}` in `{entry.module}`."
-    return f"`{entry.name}` is a {entry.kind} of the module `{entry.module}`."
+        return f"`{entry.path}` is a method of the class `{entry.owner}`."
+    return f"`{entry.path}` is a {entry.kind} of the module `{entry.module}`."
 
 
 def _takes(entry: Entry) -> str:

@@ -36,11 +36,11 @@ HEAD_SCALE = 0.25  # the first predictions are nearly uniform
 class Training:
     """How long and how hard; every run of the same settings takes the same steps."""
 
-    steps: int
-    rows: int  # B
-    length: int  # T
-    learning_rate: float
-    prompt_weight: float  # of a token that the assistant did not write; the assistant's weigh 1
+    steps: int = 150
+    rows: int = 11  # B
+    length: int = 192  # T
+    learning_rate: float = 4e-3
+    prompt_weight: float = 0.3  # of prompt tokens; those of answers weigh 1
     weight_decay: float = 0.1
     warmup_steps: int = 20
     seed: int = 0

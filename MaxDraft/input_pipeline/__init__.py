@@ -1,0 +1,1 @@
+"""Conversations in files -> tokens and assistant turns -> packed rows -> this host's batches."""

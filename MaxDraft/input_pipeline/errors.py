@@ -1,0 +1,9 @@
+"""What is wrong with the data, told so that the reader knows what to do next."""
+
+
+class DataError(ValueError):
+    """The data, the tokenizer or its chat template cannot be used as they are."""
+
+
+class TemplateError(DataError):
+    """One conversation that the chat template cannot render, or whose replies cannot be located."""

@@ -1,0 +1,218 @@
+"""Sums are pooled before they are divided, and every metric is what its name says."""
+
+import dataclasses
+import itertools
+
+import harness
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from MaxDraft.drafts import losses, metrics
+from MaxDraft.targets import decoder
+
+K, B, T = 4, 6, 30
+
+
+def random_rows(seed=0):
+    """Nested aligned rows, as serving's are, with some that no vocabulary has."""
+    rng = np.random.default_rng(seed)
+    aligned = np.logical_and.accumulate(rng.random((K, B, T)) < 0.8, axis=0)
+    counted = aligned & (rng.random((K, B, T)) < 0.7)
+    correct = counted & (rng.random((K, B, T)) < 0.6)
+    return reference.Rows(
+        aligned, counted, correct, loss=5 * rng.random((K, B, T)), alpha=rng.random((K, B, T))
+    )
+
+
+def half(rows, part):
+    """Batch rows of one half; the halves are of unequal weight on purpose."""
+    cut = np.s_[:, :2] if part == 0 else np.s_[:, 2:]
+    return reference.Rows(
+        *(getattr(rows, field.name)[cut] for field in dataclasses.fields(rows))
+    )
+
+
+def sums_of(rows):
+    sums = metrics.sums(
+        harness.from_rows(rows), jnp.asarray(rows.aligned), jnp.asarray(rows.counted)
+    )
+    return {name: np.asarray(value) for name, value in sums.items()}
+
+
+def total_of(rows, denominators, decay=0.8):
+    return float(
+        losses.total_loss(
+            jnp.asarray(rows.loss, jnp.float32),
+            jnp.asarray(rows.counted),
+            jnp.asarray(denominators, jnp.float32),
+            decay,
+        )
+    )
+
+
+def test_metrics_equal_counting():
+    rows = random_rows()
+    ours, expected = metrics.finish(sums_of(rows), 0.8), reference.metrics(rows)
+    for name in ("acc", "cond_acc", "alpha", "sim_accept_length"):
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5)
+    np.testing.assert_allclose(ours["loss_by_step"], expected["loss"], rtol=1e-5)
+    assert ours["loss"] == pytest.approx(reference.total_loss(rows), rel=1e-5)
+    assert 0.2 < min(ours["cond_acc"]) < max(ours["cond_acc"]) < 0.8
+
+
+def test_metrics_of_two_halves_pool_to_those_of_the_whole():
+    rows = random_rows()
+    parts = [sums_of(half(rows, part)) for part in (0, 1)]
+    pooled = metrics.finish({name: parts[0][name] + parts[1][name] for name in parts[0]}, 0.8)
+    whole = metrics.finish(sums_of(rows), 0.8)
+    for name, value in whole.items():
+        np.testing.assert_allclose(pooled[name], value, rtol=1e-5)
+    averaged = np.mean([metrics.finish(part, 0.8)["acc"] for part in parts], axis=0)
+    assert np.abs(averaged - whole["acc"]).max() > 1e-3  # dividing first reads otherwise
+
+
+def test_the_losses_of_two_halves_add_up_to_that_of_the_whole():
+    rows = random_rows()
+    counts = rows.counted.sum((1, 2))
+    whole = total_of(rows, counts)
+    assert whole == pytest.approx(reference.total_loss(rows), rel=1e-5)
+    assert sum(total_of(half(rows, part), counts) for part in (0, 1)) == pytest.approx(whole)
+    each = [half(rows, part) for part in (0, 1)]
+    averaged = np.mean([total_of(part, part.counted.sum((1, 2))) for part in each])
+    assert abs(averaged - whole) > 1e-3  # dividing first reads otherwise
+
+
+def test_gradients_of_two_halves_add_up_to_that_of_the_whole():
+    layout = ["ppp1111111", "p111111111", "pppppp1111", "p11p11p111"]
+    whole = reference.make_problem(layout)
+
+    def only(keep):
+        segments = whole.batch.segments * keep[:, None]
+        turns = whole.batch.turns * keep[:, None]
+        batch = dataclasses.replace(whole.batch, segments=segments, turns=turns)
+        return dataclasses.replace(whole, batch=batch)
+
+    all_rows = harness.run(whole, 1)
+    counts = all_rows.counted.sum((1, 2))
+    parts = [
+        harness.run(only(np.array(keep)), 1, counts=counts)
+        for keep in ((1, 1, 0, 0), (0, 0, 1, 1))
+    ]
+    assert sum(part.total for part in parts) == pytest.approx(all_rows.total, rel=1e-5)
+    summed = {name: sum(part.gradients[name] for part in parts) for name in parts[0].gradients}
+    assert harness.worst_gradient(summed, all_rows.gradients)[1] < 1e-5
+
+
+def test_uncounted_rows_may_hold_anything():
+    rows = random_rows()
+    counts = rows.counted.sum((1, 2))
+    garbage = dataclasses.replace(rows, loss=np.where(rows.counted, rows.loss, np.inf))
+    assert total_of(garbage, counts) == total_of(rows, counts)
+
+
+def test_steps_without_a_row_count_nothing_and_stay_finite():
+    rows = random_rows()
+    for name in ("aligned", "counted", "correct"):
+        getattr(rows, name)[2:] = False
+    ours = metrics.finish(sums_of(rows), 0.8)
+    assert ours["acc"][2:] == ours["alpha"][2:] == ours["loss_by_step"][2:] == [0.0, 0.0]
+    assert np.isfinite(total_of(rows, rows.counted.sum((1, 2))))
+
+
+def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
+    cond_acc = [0.9, 0.5, 0.25, 0.8]
+    reached = 1000.0
+    sums = {name: np.ones(K) for name in ("loss_sum", "counted_rows", "aligned_rows")}
+    sums |= {name: np.ones(K) for name in ("correct_rows", "alpha_sum")}
+    sums |= {"reached_rows": np.full(K, reached), "reached_correct_rows": reached * np.array(cond_acc)}
+    expected = 0.0
+    for hits in itertools.product([0, 1], repeat=K):
+        chance = np.prod([a if hit else 1 - a for hit, a in zip(hits, cond_acc, strict=True)])
+        accepted = hits.index(0) if 0 in hits else K  # the chain ends at its first miss
+        expected += chance * (1 + accepted)  # and the target's own token follows
+    assert metrics.finish(sums, 0.8)["sim_accept_length"] == pytest.approx(expected)
+
+
+def test_sim_accept_length_is_the_mean_chain_of_the_rows_where_all_steps_are_aligned():
+    rng = np.random.default_rng(0)
+    rows = random_rows()
+    rows.aligned[:] = rows.counted[:] = True
+    rows.correct[:] = rng.random((K, B, T)) < 0.6
+    chains = [
+        1 + sum(1 for _ in itertools.takewhile(bool, rows.correct[:, b, t]))
+        for b in range(B)
+        for t in range(T)
+    ]
+    ours = metrics.finish(sums_of(rows), 0.8)["sim_accept_length"]
+    assert ours == pytest.approx(np.mean(chains), rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("block", [1, 4, 50])
+def test_the_teacher_over_the_full_vocabulary_equals_dense_logits(tied, block):
+    rng = np.random.default_rng(0)
+    last = rng.normal(size=(2, 11, 8)).astype(np.float32)
+    weight = rng.normal(size=(8, 37)).astype(np.float32)
+    params = {"embed": jnp.asarray(weight.T)} | ({} if tied else {"head": jnp.asarray(weight)})
+    if not tied:
+        params["embed"] = -params["embed"]  # not to be read
+    best, log_norm = decoder.full_vocabulary(params, jnp.asarray(last), block)
+    logits = last.astype(np.float64) @ weight
+    np.testing.assert_array_equal(best, logits.argmax(-1))
+    np.testing.assert_allclose(log_norm, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+    chosen = jnp.asarray([3, 4, 30])
+    np.testing.assert_array_equal(decoder.draft_head_weight(params, chosen), weight[:, [3, 4, 30]])
+
+
+def test_a_uniform_head_over_the_whole_vocabulary_has_loss_log_v_and_the_overlap_with_1_over_v():
+    given = reference.make_problem(["p111111111"] * 2, draft_vocabulary=11)
+    H = given.teacher.lm_head.shape[1]
+    given.params["lm_head.weight"] = np.zeros((11, H))
+    ours = harness.run(given, 1, gradients=False)
+    for b, i in np.argwhere(ours.aligned[0]):
+        logits = given.teacher.lm_head @ given.batch.final[b, i + 1]
+        p = np.exp(logits) / np.exp(logits).sum()
+        assert ours.rows.alpha[0, b, i] == pytest.approx(np.minimum(p, 1 / 11).sum(), rel=1e-4)
+        assert ours.rows.loss[0, b, i] == pytest.approx(np.log(11), rel=1e-5)
+
+
+def test_alpha_takes_the_targets_probabilities_over_all_tokens_not_renormalised():
+    given = reference.make_problem(["p111111111"] * 2)
+    given.params["lm_head.weight"] = np.zeros_like(given.params["lm_head.weight"])
+    ours = harness.run(given, 1, gradients=False)
+    draft_ids = np.arange(6) + given.d2t
+    for b, i in np.argwhere(ours.aligned[0]):
+        logits = given.teacher.lm_head @ given.batch.final[b, i + 1]
+        p = (np.exp(logits) / np.exp(logits).sum())[draft_ids]
+        assert ours.rows.alpha[0, b, i] == pytest.approx(np.minimum(p, 1 / 6).sum(), rel=1e-4)
+
+
+def test_the_loss_is_logsumexp_minus_the_expected_logit():
+    # -sum p log q = logsumexp(z) - sum p z, since p sums to one.
+    given = reference.make_problem(["p111111111"] * 2)
+    states = reference.document_states(
+        given.params,
+        given.head,
+        given.teacher.embedding,
+        given.batch.tokens[0],
+        given.batch.aux[0],
+        1,
+    )
+    ours = harness.run(given, 1, gradients=False)
+    draft_ids = np.arange(6) + given.d2t
+    for i in range(8):
+        z = given.params["lm_head.weight"] @ reference.rms_norm(
+            states[0, i], given.params["norm.weight"], given.head.eps
+        )
+        p = np.exp(given.teacher.lm_head[draft_ids] @ given.batch.final[0, i + 1])
+        p /= p.sum()
+        assert ours.rows.loss[0, 0, i] == pytest.approx(np.log(np.exp(z).sum()) - p @ z, rel=1e-4)
+
+
+def test_rows_whose_teacher_is_outside_the_vocabulary_are_found_at_the_teachers_position():
+    best = jnp.asarray([[4, 0, 1, 4, 2]])
+    inside = jnp.asarray([True, True, True, False, False])
+    found = losses.teacher_in_vocabulary(best, inside, 2)
+    assert np.asarray(found).astype(int).tolist() == [[[1, 1, 0, 1, 0]], [[1, 0, 1, 0, 0]]]

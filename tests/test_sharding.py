@@ -1,0 +1,234 @@
+"""Losses and gradients do not depend on the mesh; what cannot be split is an error in plain words."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import NamedSharding, PartitionSpec
+
+from MaxDraft import sharding
+from MaxDraft.drafts import alignment, losses
+from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.drafts.losses import Teacher
+from MaxDraft.drafts.rollout import rollout
+from MaxDraft.layers import params as parameters
+from MaxDraft.layers.params import Param
+from MaxDraft.layers.rope import Rope
+from MaxDraft.sharding import ShardingError, axis_rules, constrain
+from MaxDraft.targets import decoder
+from MaxDraft.targets.decoder import DecoderDims
+
+BASE = yaml.safe_load((Path(__file__).parents[1] / "configs" / "base.yml").read_text())
+RULES = BASE["logical_axis_rules"]
+AXES = tuple(BASE["mesh_axes"])
+LAYOUTS = {"replicated": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
+
+B, T, K, V = 8, 12, 2, 32
+ROPE = Rope(theta=10000.0, head_dim=4)
+TARGET = DecoderDims(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=4,
+    norm_eps=1e-6,
+    rope=ROPE,
+    max_length=64,
+)
+CAPTURE = (0, 1, 2)
+HEAD = HeadDims(16, 32, 8, 8, 4, 16, V, 1e-6, ROPE)
+TABLES = (head_params(HEAD), decoder.decoder_params(TARGET, CAPTURE, jnp.float32))
+
+needs_eight = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs eight devices")
+
+
+def losses_of(params, target, batch):
+    """total, and every row's loss; the target's batch is split by its own rules, the draft's by all."""
+    draft_ids = jnp.arange(0, V, 2)
+    embeddings, features, last = decoder.features(
+        target,
+        batch["tokens"],
+        batch["positions"],
+        batch["segments"],
+        TARGET,
+        CAPTURE,
+        jnp.float32,
+        5,
+    )
+    best, log_norm = decoder.full_vocabulary(target, last, 5)
+    embeddings, features, teacher = jax.tree.map(
+        lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)),
+        (embeddings, features, Teacher(last, best, log_norm)),
+    )
+    states = rollout(
+        params, HEAD, embeddings, features, batch["positions"], batch["segments"], K, 5
+    )
+    head = decoder.draft_head_weight(target, draft_ids)
+    rows = losses.judge(params, HEAD, states, teacher, head, draft_ids, 5)
+    counted = alignment.aligned_rows(batch["turns"], batch["segments"], K, "serving")
+    counted &= losses.teacher_in_vocabulary(best, jnp.arange(V) % 2 == 0, K)
+    counts = counted.sum((1, 2)).astype(jnp.float32)
+    return losses.total_loss(rows.loss, counted, counts, 0.8), jnp.where(counted, rows.loss, 0)
+
+
+def batch_of_two_documents_a_row():
+    rng = np.random.default_rng(0)
+    turns = np.tile([0] + [1] * 5 + [0] + [1] * 4 + [0], (B, 1))
+    return {
+        "tokens": jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
+        "positions": jnp.asarray(np.tile([*range(6), *range(6)], (B, 1)), jnp.int32),
+        "segments": jnp.asarray(np.tile([1] * 6 + [2] * 6, (B, 1)), jnp.int32),
+        "turns": jnp.asarray(turns, jnp.int32),
+    }
+
+
+def initial():
+    return tuple(parameters.initialize(table, seed) for seed, table in enumerate(TABLES))
+
+
+@functools.cache
+def on_one_device():
+    compute = jax.jit(jax.value_and_grad(losses_of, has_aux=True))
+    (total, rows), gradient = compute(*initial(), batch_of_two_documents_a_row())
+    assert (np.asarray(rows) > 0).any((1, 2)).all()
+    return jax.tree.map(np.asarray, (total, rows, gradient))
+
+
+@needs_eight
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
+    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
+    placements = [parameters.shardings(table, mesh, RULES) for table in TABLES]
+    arguments = [
+        jax.device_put(tree, placement)
+        for tree, placement in zip(initial(), placements, strict=True)
+    ]
+    batch = jax.device_put(
+        batch_of_two_documents_a_row(),
+        sharding.named_sharding(mesh, RULES, ("draft_batch", None)),
+    )
+    with axis_rules(mesh, RULES):
+        compute = jax.jit(jax.value_and_grad(losses_of, has_aux=True))
+        (total, rows), gradient = compute(*arguments, batch)
+    expected_total, expected_rows, expected_gradient = on_one_device()
+    assert float(total) == pytest.approx(float(expected_total), rel=1e-5)
+    np.testing.assert_allclose(rows, expected_rows, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True
+    ):
+        assert np.abs(np.asarray(mine) - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+@needs_eight
+@pytest.mark.parametrize(
+    ("layout", "shares"),
+    [("replicated", (1, 1)), ("fsdp", (8, 8)), ("tensor", (8, 8)), ("mixed", (4, 4))],
+)
+def test_a_layout_splits_the_matrices_over_its_devices(layout, shares):
+    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
+    for table, matrix, share in zip(
+        TABLES, (lambda p: p["q"], lambda p: p["layers"][0]["q"]), shares, strict=True
+    ):
+        placement = matrix(parameters.shardings(table, mesh, RULES))
+        shape = matrix(table).full_shape
+        assert np.prod(shape) == share * np.prod(placement.shard_shape(shape))
+
+
+@needs_eight
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_drafts_batch_is_split_over_every_device(layout):
+    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
+    with axis_rules(mesh, RULES):
+        out = jax.jit(lambda x: constrain(x, "draft_batch", None))(jnp.zeros((16, 3)))
+    assert out.sharding.shard_shape(out.shape) == (2, 3)
+    assert len({str(shard.index) for shard in out.addressable_shards}) == 8
+
+
+def test_constrain_is_the_identity_where_no_rules_are_active():
+    x = jnp.ones((3, 5))  # 3 rows, which eight devices could not share
+    assert constrain(x, "draft_batch", None) is x
+    mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
+    with axis_rules(mesh, RULES):
+        pass
+    assert constrain(x, "draft_batch", None) is x
+
+
+@needs_eight
+def test_a_dimension_that_the_devices_do_not_divide_is_an_error_naming_parameter_and_axis():
+    mesh = sharding.make_mesh(AXES, (1, 8, 1), (1, 1, 1))
+    table = {"mlp": {"up": Param((12, 8), ("target_embed", "target_mlp"), "up")}}
+    with pytest.raises(ShardingError, match=r"mlp/up.*\(12, 8\).*12 cannot.* 8 devices.*fsdp"):
+        parameters.shardings(table, mesh, RULES)
+
+
+@needs_eight
+def test_heads_that_the_devices_do_not_divide_are_an_error_though_their_columns_would_split():
+    # 2 key/value heads of size 4 make 8 columns, which 8 devices share; the heads they cannot.
+    mesh = sharding.make_mesh(AXES, (1, 1, 8), (1, 1, 1))
+    dims = dataclasses.replace(TARGET, num_kv_heads=2)
+    table = decoder.decoder_params(dims, CAPTURE, jnp.float32)
+
+    def build_and_run():
+        placement = parameters.shardings(table, mesh, RULES)
+        target = jax.device_put(parameters.initialize(table, 0), placement)
+        batch = batch_of_two_documents_a_row()
+        arrays = (batch[name] for name in ("tokens", "positions", "segments"))
+
+        def features(target, *arrays):
+            return decoder.features(target, *arrays, dims, CAPTURE, jnp.float32, 5)[2]
+
+        with axis_rules(mesh, RULES):
+            return jax.jit(features)(target, *arrays)
+
+    with pytest.raises(ShardingError, match="split"):
+        build_and_run()
+
+
+def test_one_open_parallelism_takes_what_remains():
+    assert sharding.fill_parallelism((2, -1, 2), 8, "ici") == (2, 2, 2)
+    assert sharding.fill_parallelism((1, -1, 1), 8, "ici") == (1, 8, 1)
+    assert sharding.fill_parallelism((2, 2, 2), 8, "ici") == (2, 2, 2)
+
+
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (4, 4, 1), (16, -1, 1), (-1, -1, 1)])
+def test_parallelism_that_does_not_multiply_to_the_devices_is_an_error_with_the_numbers(sizes):
+    with pytest.raises(ShardingError, match=r"ici_\*_parallelism.*8 devices"):
+        sharding.fill_parallelism(sizes, 8, "ici")
+
+
+@pytest.mark.parametrize("sizes", [(0, -1, 1), (-2, -4, 1), (-2, -1, -4)])
+def test_parallelism_that_is_not_positive_is_an_error(sizes):
+    with pytest.raises(ShardingError, match=r"ici_\*_parallelism"):
+        sharding.fill_parallelism(sizes, 8, "ici")
+
+
+def test_a_mesh_axis_on_two_dimensions_of_an_array_is_an_error_naming_it():
+    mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
+    rules = [["a", ["data", "fsdp"]], ["b", ["fsdp"]]]
+    with pytest.raises(ShardingError, match="'fsdp'.*two dimensions"):
+        sharding.named_sharding(mesh, rules, ("a", "b"))
+
+
+def test_logical_axes_become_mesh_axes_by_the_rules():
+    mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
+    rules = [["a", ["data", "fsdp"]], ["b", ["tensor"]], ["c", []]]
+    found = sharding.named_sharding(mesh, rules, (None, "a", "b"))
+    assert found == NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
+    assert sharding.named_sharding(mesh, rules, ("c",)).spec == PartitionSpec(None)
+
+
+@needs_eight
+def test_a_parameters_draw_does_not_depend_on_the_mesh():
+    table, alone = TABLES[0], initial()[0]
+    mesh = sharding.make_mesh(AXES, (1, 4, 2), (1, 1, 1))
+    placement = parameters.shardings(table, mesh, RULES)
+    drawn = jax.jit(lambda: parameters.initialize(table, 0), out_shardings=placement)()
+    for mine, theirs in zip(jax.tree.leaves(drawn), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)

@@ -1,0 +1,228 @@
+"""One optimizer step: accumulation, denominators, the optimizer, and what a bad step leaves alone."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CAPTURE, random_head, random_target, tiny_dims, tiny_head_dims
+
+from MaxDraft import flops, pyconfig, sharding
+from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.layers.rope import Rope
+from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.train_step import Frozen, learning_rate_schedule, make_programs
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = tiny_dims()
+HEAD = tiny_head_dims(TARGET, draft_vocab_size=7)
+IDS = np.array([0, 1, 3, 4, 7, 9, 11], np.int32)
+LENGTH = 20
+
+
+def config(*overrides, warmup=0.0):
+    return pyconfig.initialize(
+        [
+            "train.py",
+            str(ROOT / "configs" / "base.yml"),
+            "dtype=float32",
+            f"max_target_length={LENGTH}",
+            "ttt_length=3",
+            "attention_block_size=8",
+            "vocab_block_size=8",
+            "learning_rate=0.01",
+            f"warmup_steps_fraction={warmup}",
+            *overrides,
+        ]
+    )
+
+
+def programs(settings, devices=1, total_steps=10):
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:devices]).reshape(1, devices, 1), ("data", "fsdp", "tensor")
+    )
+    return make_programs(settings, TARGET, HEAD, CAPTURE, mesh, total_steps)
+
+
+def frozen(**changes):
+    inside = np.zeros(TARGET.vocab_size, bool)
+    inside[IDS] = True
+    target = random_target(TARGET) | changes
+    return Frozen(target, jnp.asarray(IDS), jnp.asarray(inside))
+
+
+def rows(count=4):
+    """Packed rows with very different numbers of assistant tokens."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, TARGET.vocab_size, (count, LENGTH)).astype(np.int32)
+    segments = np.ones((count, LENGTH), np.int32)
+    turns = np.zeros((count, LENGTH), np.int32)
+    for row in range(count):
+        turns[row, 15 - 4 * row : 18] = 1
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), segments.shape).copy()
+    segments[0, 18:] = 0
+    positions[0, 18:] = 0
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "turn_ids": turns}
+
+
+def split(batch, micro_batches):
+    return {
+        name: jnp.asarray(x.reshape(micro_batches, -1, LENGTH)) for name, x in batch.items()
+    }
+
+
+def close(a, b, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        scale = max(float(np.abs(y).max()), 1e-6)
+        assert float(np.abs(np.asarray(x) - np.asarray(y)).max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("denominator", ["counted", "specforge"])
+def test_accumulation_changes_nothing_because_counts_are_pooled_before_dividing(denominator):
+    built = programs(config(f"loss_denominator={denominator}"))
+    results = []
+    for micro_batches in (1, 2, 4):
+        state, result = built.train(
+            built.initialize(random_head(HEAD)), frozen(), split(rows(), micro_batches)
+        )
+        results.append((state.optimizer, result))
+    for other in results[1:]:
+        close(other, results[0])
+
+
+def test_a_padded_row_more_changes_neither_loss_nor_metrics():
+    built = programs(config())
+    batch = rows()
+    padded = {
+        name: np.concatenate([x, np.zeros_like(x[:1])]) for name, x in batch.items()
+    }
+    one = built.train(built.initialize(random_head(HEAD)), frozen(), split(batch, 1))[1]
+    two = built.train(built.initialize(random_head(HEAD)), frozen(), split(padded, 1))[1]
+    close(two, one)
+
+
+def test_eight_devices_take_the_same_step_as_one():
+    batch = {name: np.concatenate([x, x]) for name, x in rows().items()}
+    settings = config()
+    one, eight = programs(settings), programs(settings, devices=8)
+    expected = one.train(one.initialize(random_head(HEAD)), frozen(), split(batch, 1))
+    found = eight.train(
+        eight.initialize(random_head(HEAD)),
+        frozen(),
+        jax.device_put(split(batch, 1), eight.batch_sharding),
+    )
+    close(found[1], expected[1])
+    # Moments are linear and quadratic in the gradient: they compare gradients without a division.
+    close(found[0].optimizer, expected[0].optimizer, 1e-4)
+
+
+def test_the_update_is_adamw_behind_a_global_norm_clip():
+    settings = config("gradient_clipping_threshold=0.01", "adam_weight_decay=0.1")
+    built = programs(settings)
+    before = jax.device_get(random_head(HEAD))
+    batch = split(rows(), 2)
+    # Moments after one unclipped step with b1 = b2 = 0 are the gradient and its square.
+    raw = programs(config("adam_b1=0.0", "adam_b2=0.0", "gradient_clipping_threshold=0.0"))
+    moments = raw.train(raw.initialize(random_head(HEAD)), frozen(), batch)[0].optimizer
+    gradient = jax.device_get(
+        next(part.mu for part in jax.tree.leaves(moments, is_leaf=lambda x: hasattr(x, "mu")))
+    )
+    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(gradient)))
+    assert norm > 0.01
+
+    state, result = built.train(built.initialize(random_head(HEAD)), frozen(), batch)
+    assert float(result["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
+    for new, old, g in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(before), jax.tree.leaves(gradient),
+        strict=True,
+    ):
+        g = g.astype(np.float64) * 0.01 / norm
+        # Bias correction makes the first step's moments g and g^2.
+        step = g / (np.abs(g) + settings.adam_eps) + 0.1 * old.astype(np.float64)
+        np.testing.assert_allclose(new - old, -0.01 * step, rtol=2e-3, atol=2e-7)
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_by_a_cosine():
+    schedule = learning_rate_schedule(config(warmup=0.1), 100)
+    rates = [float(schedule(step)) for step in range(101)]
+    assert rates[0] == pytest.approx(0.01 / 11)
+    assert rates[10] == pytest.approx(0.01) == max(rates)
+    assert rates[55] == pytest.approx(0.005)
+    assert rates[100] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_step_that_is_not_finite_changes_only_the_step_number():
+    built = programs(config())
+    broken = frozen(norm=jnp.full(TARGET.hidden_size, jnp.nan))
+    before = jax.device_get(built.initialize(random_head(HEAD)))
+    state, result = built.train(built.initialize(random_head(HEAD)), broken, split(rows(), 2))
+    assert not np.isfinite(result["total_loss"])
+    assert int(state.step) == 1
+    after = jax.device_get(state)
+    for x, y in zip(
+        jax.tree.leaves((after.params, after.optimizer)),
+        jax.tree.leaves((before.params, before.optimizer)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_training_on_one_batch_lowers_its_loss():
+    built = programs(config(), total_steps=30)
+    state, losses = built.initialize(None), []
+    for _ in range(30):
+        state, result = built.train(state, frozen(), split(rows(), 2))
+        losses.append(float(result["total_loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_evaluation_pools_the_same_sums_as_the_training_step():
+    built = programs(config())
+    head = random_head(HEAD)
+    evaluated = built.evaluate(head, frozen(), split(rows(), 2))
+    trained = built.train(built.initialize(random_head(HEAD)), frozen(), split(rows(), 2))[1]
+    close(evaluated, {name: trained[name] for name in evaluated})
+
+
+def test_no_intermediate_holds_every_logit_or_every_attention_score():
+    # [T, V], [T, D] and [T, T] must not exist for a whole row: blocks of 8 positions only.
+    built = programs(config())
+    batch = split(rows(), 1)
+    text = built.train.lower(built.initialize(random_head(HEAD)), frozen(), batch).as_text()
+    rows_, length = 4, LENGTH
+    assert f"tensor<{rows_}x{length}x{TARGET.hidden_size}xf32>" in text  # the shape is spelled so
+    for forbidden in (
+        f"{rows_}x{length}x{TARGET.vocab_size}xf32",
+        f"{rows_}x{length}x{len(IDS)}xf32",
+        f"x{length}x{length}xf32",
+    ):
+        assert forbidden not in text
+
+
+def test_flops_are_those_of_the_published_cost_table():
+    # Llama-3.1-8B, K = 7, D = 32,000, T = 2048; GFLOP per token as in the method's cost table.
+    rope = Rope(5e5, 128)
+    parts = flops.per_token(
+        DecoderDims(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, rope, 131072),
+        HeadDims(4096, 14336, 32, 8, 128, 32000, 128256, 1e-5, rope),
+        7,
+        2048,
+    )
+    expected = {
+        "target layers": 13.96,
+        "target attention": 0.54,
+        "target LM head": 1.05,
+        "fc": 0.20,
+        "draft layer": 7 * 1.46,
+        "draft LM head": 7 * 0.79,
+    }
+    for name, gflop in expected.items():
+        assert parts[name] / 1e9 == pytest.approx(gflop, rel=0.01), name
+    assert sum(parts.values()) / 1e9 == pytest.approx(31.9, rel=0.01)
+
+
+def test_an_impossible_mesh_is_named():
+    with pytest.raises(sharding.ShardingError, match="ici_\\*_parallelism"):
+        sharding.make_mesh(("data", "fsdp", "tensor"), (3, 1, 1), (1, 1, 1))
