@@ -31,7 +31,6 @@ MAY_CHANGE = {
     "base_output_directory",
     "target_path",
     "tokenizer_path",
-    "load_parameters_path",
     "trust_remote_code",
     "max_skipped_fraction",
     "grain_worker_count",
@@ -159,9 +158,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                meta = self._manager.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                )["meta"]
+                meta = self._meta(step)
                 self._check_same_run(meta)
                 restored = self._restore(step, abstract_state)
             except ResumeError:
@@ -178,6 +175,13 @@ class Checkpoints:
                 f"again under another run_name, or delete that folder to start this run afresh"
             )
         return None
+
+    def identity(self) -> dict[str, Any]:
+        """What the newest checkpoint was saved with as `identity`."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise ResumeError(f"no checkpoint in {self._folder}; run train.py first")
+        return self._meta(step)["identity"]
 
     def restore_params(self, which: str, abstract_params: Tree) -> tuple[int, Tree, np.ndarray]:
         """-> (step, head, draft_to_target) of the "best" or the "latest" checkpoint."""
@@ -200,6 +204,10 @@ class Checkpoints:
         """Waits for writes under way and lets go of the folder."""
         self.wait()
         self._manager.close()
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["meta"]
 
     def _restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, np.ndarray]:
         restored = self._manager.restore(
@@ -250,4 +258,3 @@ def _rest(state: TrainState) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else 'no message'}"
-

@@ -10,13 +10,17 @@ from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.targets.decoder import DecoderDims
 
 
-def per_token(target: DecoderDims, head: HeadDims, ttt_length: int, length: int) -> dict[str, float]:
+def per_token(
+    target: DecoderDims, head: HeadDims, ttt_length: int, length: int
+) -> dict[str, float]:
     """FLOPs of each part for one token of a packed row of `length` tokens; their sum is the cost."""
     H = target.hidden_size
     q, kv = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
     target_layer = 2 * (H * (q + 2 * kv) + q * H + 3 * H * target.intermediate_size)
     draft_q, draft_kv = head.num_heads * head.head_dim, head.num_kv_heads * head.head_dim
-    draft_layer = 2 * (2 * H * (draft_q + 2 * draft_kv) + draft_q * H + 3 * H * head.intermediate_size)
+    draft_layer = 2 * (
+        2 * H * (draft_q + 2 * draft_kv) + draft_q * H + 3 * H * head.intermediate_size
+    )
     return {
         "target layers": target.num_layers * target_layer,
         "target attention": target.num_layers * 2 * 2 * q * length / 2,

@@ -15,147 +15,123 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# The repository's root, not this folder: no file in it may shadow a library.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if sys.path[1] == str(Path(__file__).resolve().parent):
-    del sys.path[1]  # our folder: no file in it may shadow a library
-
-from MaxDraft import evaluate, export, flops, pyconfig, wiring
-from MaxDraft.checkpointing import Checkpoints
+from MaxDraft import flops, pyconfig, report, wiring
+from MaxDraft.evaluate import evaluate, held_out_metrics
+from MaxDraft.export import export
 from MaxDraft.metric_logger import MetricLogger, say
-from MaxDraft.pyconfig import Config
-from MaxDraft.train_step import Programs, TrainState, make_programs
-from MaxDraft.wiring import Data, NanLossError
+from MaxDraft.train_step import Frozen, TrainState
+from MaxDraft.wiring import Run, TrainingError
 
 STOPPED = 42
 
 
 def main(argv: Sequence[str]) -> int:
-    # ---------------------------------------------------------------- what is trained, on what
-    config = wiring.with_embedded_target(pyconfig.initialize(argv))
-    wiring.start_jax(config)
-    wiring.open_run_directory(config)
-    target = wiring.open_target(config)
-    data = wiring.open_data(config, target)
-    head_dims = wiring.head_dims(config, target.dims)
-    say(data.describe())
+    # ---------------------------------------------------- target, data, mesh, programs (no weights)
+    run = wiring.open_run(pyconfig.initialize(argv), for_training=True)
 
-    # ---------------------------------------------------------------- where it runs
-    mesh = wiring.make_mesh(config)
-    total_steps = data.total_steps(config, mesh)
-    programs = make_programs(config, target.dims, head_dims, target.capture, mesh, total_steps)
-
-    # ---------------------------------------------------------------- newest checkpoint, warm start, seed
-    checkpoints = Checkpoints(config, wiring.identity(config, target, data, mesh, total_steps))
-    restored = checkpoints.restore_latest(programs.abstract_state, say)
+    # ---------------------------------------------------- newest checkpoint, else warm start or seed
+    restored = run.checkpoints.restore_latest(run.programs.abstract_state, say)
     if restored is not None:
-        state, draft_to_target, batches_read = restored
-        vocabulary = data.vocabulary_from(draft_to_target)
-        say(f"resuming after step {int(state.step)} of {total_steps}")
+        state, ids, batches_read = restored
+        vocabulary = wiring.vocabulary(run, ids)
+        say(f"resuming after step {int(state.step)} of {run.total_steps}")
     else:
-        vocabulary, warm_params = wiring.first_vocabulary(config, data, target, head_dims, programs)
-        state, batches_read = programs.initialize(warm_params), 0
-    wiring.describe_run(config, target, head_dims, mesh, total_steps, vocabulary, data)
-    wiring.save_config(config)
-    frozen = wiring.load_frozen(config, target, vocabulary, mesh)
+        vocabulary, warm_start = wiring.initial_head(run)
+        state, batches_read = run.programs.initialize(warm_start), 0
+    report.describe(run, vocabulary)
+    frozen = wiring.load_frozen(run, vocabulary)
 
-    # ---------------------------------------------------------------- training
+    # ---------------------------------------------------- training
+    state = train(run, frozen, state, vocabulary.draft_to_target, batches_read)
+    step = int(state.step)
+    if step < run.total_steps:
+        say(f"stopped after step {step} of {run.total_steps}, all saved: the same command goes on")
+        return STOPPED
+
+    # ---------------------------------------------------- is it any good, and how to serve it
+    params = state.params
+    if run.config.enable_checkpointing:
+        del state
+        step, params, vocabulary = run.restore_head()
+    result = evaluate(run, step, params, frozen)
+    folder = export(run, step, params, vocabulary)
+    report.finish(run, result, folder)
+    return 0
+
+
+def train(
+    run: Run, frozen: Frozen, state: TrainState, draft_to_target: np.ndarray, batches_read: int
+) -> TrainState:
+    """Optimizer steps up to run.total_steps, or to the step after which a signal asks to stop.
+
+    A step's numbers are fetched while the next one runs, so the device never waits for the host.
+    """
+    config, programs, last = run.config, run.programs, run.total_steps
+    stop = StopSignal()
     logger = MetricLogger(
         config.run_directory,
         metrics_file=config.metrics_file,
         tensorboard=config.enable_tensorboard,
         decay=config.ttt_loss_decay,
         start_step=int(state.step),
-        total_steps=total_steps,
+        total_steps=last,
         flops_per_token=sum(
             flops.per_token(
-                target.dims, head_dims, config.ttt_length, config.max_target_length
+                run.target.dims, run.head_dims, config.ttt_length, config.max_target_length
             ).values()
         ),
-        num_devices=mesh.size,
+        num_devices=run.mesh.size,
         write=jax.process_index() == 0,
     )
-    state, finished = train(
-        config, programs, frozen, state, data, vocabulary, batches_read, total_steps,
-        checkpoints, logger,
-    )
-    checkpoints.close()
-    if not finished:
-        say(f"stopped after step {int(state.step)}, all saved; give the same command to go on")
-        return STOPPED
-
-    # ---------------------------------------------------------------- is it any good, and off it goes
-    result = evaluate.run(config, target, data)
-    export.run(config, target)
-    wiring.final_report(config, target, result)
-    return 0
-
-
-def train(
-    config: Config,
-    programs: Programs,
-    frozen,
-    state: TrainState,
-    data: Data,
-    vocabulary,
-    batches_read: int,
-    total_steps: int,
-    checkpoints: Checkpoints,
-    logger: MetricLogger,
-) -> tuple[TrainState, bool]:
-    """Optimizer steps up to total_steps -> (state, False where a signal stopped it early).
-
-    A step's numbers are fetched while the next one runs, so the device never waits for the host.
-    """
-    stop = StopSignal()
-    batches = data.train_batches(config, programs.batch_sharding, batches_read, total_steps)
-    in_flight = None
+    batches = run.train_batches(batches_read)
+    in_flight = []
 
     def settle() -> None:
-        """Fetches the step in flight; its numbers are checked before anything builds on them."""
-        nonlocal in_flight
-        if in_flight is None:
-            return
-        step, result = in_flight
-        in_flight = None
-        fetched = jax.device_get(result)
-        finite = np.isfinite(fetched["total_loss"]) and np.isfinite(fetched["gradient_norm"])
-        if not finite and config.abort_on_nan_loss:
-            raise NanLossError(step, fetched)
-        if finite:
-            logger.train_step(step, fetched)
-        else:
-            say(f"step {step}: loss or gradient is not finite, left out")
-        if step % config.log_period == 0:
-            logger.flush()
+        """Fetches and checks the step in flight, before anything is built on it."""
+        while in_flight:
+            number, result = in_flight.pop()
+            fetched = jax.device_get(result)
+            if np.isfinite(fetched["total_loss"]) and np.isfinite(fetched["gradient_norm"]):
+                logger.train_step(number, fetched)
+            elif config.abort_on_nan_loss:
+                raise TrainingError(
+                    f"step {number}: loss {fetched['total_loss']}, gradient norm "
+                    f"{fetched['gradient_norm']}; stopped, the last checkpoint is whole. Lower "
+                    f"learning_rate, or set abort_on_nan_loss=False to leave such steps out"
+                )
+            else:
+                say(f"step {number}: loss or gradient is not finite; the step is left out")
+            if number % config.log_period == 0:
+                logger.flush()
 
-    def save(step: int) -> None:
-        evaluation = None
-        if step == total_steps or (config.eval_interval > 0 and step % config.eval_interval == 0):
-            logger.flush()
-            evaluation = data.held_out(config, programs, frozen, state.params)
-            logger.evaluation(step, evaluation)
-        if config.enable_checkpointing:
-            checkpoints.save(step, state, vocabulary.draft_to_target, step, evaluation)
-        logger.restart_clock()
-
-    for step in range(int(state.step) + 1, total_steps + 1):
+    for step in range(int(state.step) + 1, last + 1):
         state, result = programs.train(state, frozen, next(batches))
         settle()
-        in_flight = (step, result)
-        due = step == total_steps or step % config.checkpoint_period == 0
-        due |= config.eval_interval > 0 and step % config.eval_interval == 0
-        stopping = stop.requested(step)
-        if due or stopping:
+        in_flight.append((step, result))
+
+        evaluating = step == last or (config.eval_interval > 0 and step % config.eval_interval == 0)
+        stopping = stop.requested()
+        if evaluating or stopping or step % config.checkpoint_period == 0:
             settle()
-            save(step)
-        if stopping and step < total_steps:
-            logger.close()
-            return state, False
+            logger.flush()
+            metrics = None
+            if evaluating:
+                metrics = held_out_metrics(run, state.params, frozen, config.eval_steps)
+                logger.evaluation(step, metrics)
+            if config.enable_checkpointing:
+                run.checkpoints.save(step, state, draft_to_target, step, metrics)
+            logger.restart_clock()
+        if stopping:
+            break
     logger.close()
-    return state, True
+    run.checkpoints.wait()
+    return state
 
 
 class StopSignal:
@@ -166,14 +142,14 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
-    def _ask(self, number, _frame) -> None:
+    def _ask(self, number: int, _frame) -> None:
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
-        say(f"{signal.Signals(number).name}: stopping after this step and saving")
+        say(f"{signal.Signals(number).name}: saving after this step")
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; on several processes, all of them agree."""
-        return wiring.any_process(self._asked, step)
+    def requested(self) -> bool:
+        """Whether to stop; on several processes, whether any of them was asked to."""
+        return wiring.any_process(self._asked)
 
 
 if __name__ == "__main__":

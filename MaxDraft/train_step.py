@@ -186,9 +186,7 @@ def make_programs(
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         gradient_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        new = TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), new_optimizer
-        )
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), new_optimizer)
         # A step that is not finite changes nothing but the step number.
         kept = dataclasses.replace(state, step=state.step + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)

@@ -1,44 +1,65 @@
 """What the entry scripts share: from a Config to the parts of a run.
 
-Config -> jax set up, target (dimensions, then weights), data, draft vocabulary, head dimensions.
+open_run    Config -> target, data, mesh, head, jitted programs, checkpoints
+load_frozen target weights and draft vocabulary onto the devices
+run_main    an entry script's main, its mistakes told in plain words
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import pyconfig, sharding
-from MaxDraft.checkpointing import ResumeError
-from MaxDraft.convert import target_checkpoint
-from MaxDraft.convert.errors import CheckpointError
+from MaxDraft.checkpointing import Checkpoints, ResumeError, may_change
+from MaxDraft.convert import head_import, target_checkpoint
+from MaxDraft.convert.safetensors_files import CheckpointError, read_json
+from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
-from MaxDraft.drafts.vocabulary import DraftVocabulary
+from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.layers import params as parameters
+from MaxDraft.layers.params import Tree
+from MaxDraft.layers.rope import Rope
 from MaxDraft.metric_logger import say
 from MaxDraft.pyconfig import Config, ConfigError
+from MaxDraft.run_data import RunData, open_data
 from MaxDraft.sharding import ShardingError
 from MaxDraft.targets import decoder, registry
 from MaxDraft.targets.decoder import DecoderDims, TargetError
-from MaxDraft.train_step import Frozen
+from MaxDraft.tiny_target.build import TinyTargetError, ensure_tiny_target
+from MaxDraft.tiny_target.corpus import CorpusError
+from MaxDraft.train_step import Batch, Frozen, Programs, make_programs
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
 
 # Mistakes of the user or the machine: told in plain words, without a traceback, exit status 2.
 USER_ERRORS = (
-    ConfigError,
     CheckpointError,
+    ConfigError,
+    CorpusError,
     DataError,
     ResumeError,
     ShardingError,
     TargetError,
+    TinyTargetError,
+    TrainingError,
+    VocabularyError,
 )
 
 
@@ -49,6 +70,120 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     except USER_ERRORS as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A target checkpoint, read but not loaded."""
+
+    path: Path
+    config: dict[str, Any]  # its config.json
+    dims: DecoderDims
+    capture: tuple[int, ...]  # layers whose output the head reads
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, before any weight is loaded."""
+
+    config: Config
+    target: Target
+    data: RunData | None
+    mesh: Mesh
+    head_dims: HeadDims
+    total_steps: int
+    programs: Programs
+    checkpoints: Checkpoints
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply: those of the target's configs, and of the chat template."""
+        found = set(self.data.encoder.end_ids)
+        sources = [self.target.config]
+        if (self.target.path / "generation_config.json").is_file():
+            sources.append(read_json(self.target.path / "generation_config.json"))
+        for source in sources:
+            ids = source.get("eos_token_id")
+            found |= set(ids) if isinstance(ids, list) else {ids} - {None}
+        if not found:
+            raise TargetError(
+                f"no token ends a reply: {self.target.path} names no eos_token_id, and the chat "
+                f"template ends a turn with no special token"
+            )
+        return tuple(sorted(found))
+
+    def train_batches(self, batches_read: int) -> Iterator[Batch]:
+        """Global batches [A, B, T] on the devices, from number `batches_read` on."""
+        return self._on_devices(self.data.train_batches(batches_read))
+
+    def held_out_batches(self, limit: int = -1) -> Iterator[Batch]:
+        """Global batches [A, B, T] that hold every held-out row once; at most `limit`, -1: all."""
+        return self._on_devices(self.data.held_out_batches(limit))
+
+    def _on_devices(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
+        micro_batches = self.config.gradient_accumulation_steps
+        for batch in batches:
+            yield {
+                name: jax.make_array_from_process_local_data(
+                    self.programs.batch_sharding, rows.reshape(micro_batches, -1, rows.shape[-1])
+                )
+                for name, rows in batch.items()
+            }
+
+    def restore_head(self) -> tuple[int, Tree, DraftVocabulary]:
+        """-> (step, parameters, vocabulary) of the checkpoint that `run_checkpoint` names."""
+        step, params, ids = self.checkpoints.restore_params(
+            self.config.run_checkpoint, self.programs.abstract_state.params
+        )
+        return step, params, DraftVocabulary(ids, self.target.dims.vocab_size)
+
+
+def open_run(config: Config, for_training: bool = False, with_data: bool = True) -> Run:
+    """Opens what the config names, or raises what is wrong with it; loads no weight.
+
+    for_training: the run begins or goes on; otherwise it exists, and its head's dimensions are
+    those it was trained with.
+    """
+    start_jax(config)
+    make_run_directory(config)
+    config = with_embedded_target(config)
+    target = open_target(config)
+    mesh = sharding.make_mesh(
+        config.mesh_axes,
+        [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
+        [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
+    )
+    data = open_data(config, target.dims, mesh, say) if with_data else None
+    total_steps = data.total_steps if data else 1
+    if for_training:
+        head_dims = wanted_head_dims(config, target.dims)
+        identity = {
+            "target": target.fingerprint,
+            "head": dataclasses.asdict(head_dims),
+            "data": data.fingerprint,
+            "rows per optimizer step": data.rows_per_step,
+            "optimizer steps": total_steps,
+        }
+    else:
+        identity = Checkpoints(config).identity()
+        if identity["target"] != target.fingerprint:
+            raise ResumeError(
+                f"run {config.run_name} was trained on another target than the one in "
+                f"{target.path}; give that one as target_path"
+            )
+        head = identity["head"]
+        head_dims = HeadDims(**{**head, "rope": Rope(**head["rope"])})
+    return Run(
+        config=config,
+        target=target,
+        data=data,
+        mesh=mesh,
+        head_dims=head_dims,
+        total_steps=total_steps,
+        programs=make_programs(config, target.dims, head_dims, target.capture, mesh, total_steps),
+        checkpoints=Checkpoints(config, identity),
+    )
 
 
 def start_jax(config: Config) -> None:
@@ -63,30 +198,55 @@ def start_jax(config: Config) -> None:
         )
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.jax_cache_dir:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser())
-        )
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def make_mesh(config: Config) -> Mesh:
-    """The device mesh of the config's ici_* and dcn_* sizes."""
-    return sharding.make_mesh(
-        config.mesh_axes,
-        [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
-        [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
+def make_run_directory(config: Config) -> None:
+    """Makes <run>, or raises: it cannot be written, or holds a run that this command differs from."""
+    folder = config.run_directory
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", "")
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise ResumeError(
+            f"the run's folder {folder} cannot be written ({error.strerror}); give another "
+            f"base_output_directory"
+        ) from error
+    if (folder / pyconfig.SAVED_NAME).is_file():
+        before, now = pyconfig.read_saved(folder), config.as_dict()
+        lines = pyconfig.differences(
+            before, now, {key for key in now.keys() | before.keys() if may_change(key)}
+        )
+        if lines:
+            raise ResumeError(
+                f"{folder} holds a run that differs from this command:\n  "
+                + "\n  ".join(lines)
+                + "\nGive it another run_name, or the values it was started with"
+            )
+
+
+def with_embedded_target(config: Config) -> Config:
+    """model_name=tiny without a target_path: makes its target and conversations, and names them."""
+    if config.target_path:
+        return config
+    if jax.process_index() == 0:
+        made = ensure_tiny_target(_tiny_folder(config), say)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tiny target")
+        made = ensure_tiny_target(_tiny_folder(config), say)
+    return Config(
+        config.as_dict()
+        | {
+            "target_path": str(made.target_path),
+            "grain_train_files": config.grain_train_files or str(made.conversations_path),
+        }
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A target checkpoint, read but not loaded."""
-
-    path: Path
-    config: dict[str, Any]  # its config.json
-    dims: DecoderDims
-    capture: tuple[int, ...]
-    fingerprint: str
+def _tiny_folder(config: Config) -> Path:
+    return Path(config.base_output_directory).expanduser().absolute() / "tiny-target"
 
 
 def open_target(config: Config) -> Target:
@@ -106,10 +266,13 @@ def open_target(config: Config) -> Target:
     return Target(path, hf_config, dims, capture, target_checkpoint.target_fingerprint(path))
 
 
-def head_dims(config: Config, target: DecoderDims) -> HeadDims:
-    """The head's dimensions: the target's, where the config does not say otherwise."""
+def wanted_head_dims(config: Config, target: DecoderDims) -> HeadDims:
+    """The head's dimensions: the target's, where the config does not say otherwise.
+
+    A warm start keeps the rotary embedding and the epsilon that its head was trained with.
+    """
     head_dim = config.draft_head_dim or target.head_dim
-    return HeadDims(
+    dims = HeadDims(
         hidden_size=target.hidden_size,
         intermediate_size=config.draft_intermediate_size or target.intermediate_size,
         num_heads=config.draft_num_attention_heads or target.num_heads,
@@ -120,13 +283,45 @@ def head_dims(config: Config, target: DecoderDims) -> HeadDims:
         norm_eps=target.norm_eps,
         rope=dataclasses.replace(target.rope, head_dim=head_dim),
     )
+    if dims.num_heads % dims.num_kv_heads:
+        raise ConfigError(
+            f"the head's {dims.num_heads} query heads cannot share {dims.num_kv_heads} key/value "
+            f"heads evenly; set draft_num_attention_heads to a multiple of "
+            f"draft_num_key_value_heads"
+        )
+    if config.load_parameters_path:
+        warm = head_import.load_head(Path(config.load_parameters_path).expanduser()).dims
+        dims = dataclasses.replace(dims, rope=warm.rope, norm_eps=warm.norm_eps)
+    return dims
 
 
-def load_frozen(
-    config: Config, target: Target, vocabulary: DraftVocabulary, mesh: Mesh
-) -> Frozen:
+def initial_head(run: Run) -> tuple[DraftVocabulary, Tree | None]:
+    """Where a new run begins: the vocabulary of its data and no parameters, or a head's own."""
+    path = run.config.load_parameters_path
+    if not path:
+        return run.data.select_vocabulary(run.head_dims.draft_vocab_size), None
+    placement = parameters.shardings(
+        eagle3.head_params(run.head_dims), run.mesh, run.config.logical_axis_rules
+    )
+    warm = head_import.load_head(
+        Path(path).expanduser(), run.head_dims, run.target.capture, placement
+    )
+    say(f"warm start from {path}")
+    return warm.vocabulary, warm.params
+
+
+def vocabulary(run: Run, draft_to_target: np.ndarray) -> DraftVocabulary:
+    """The draft vocabulary of a checkpoint."""
+    return DraftVocabulary(draft_to_target, run.target.dims.vocab_size)
+
+
+def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
     """The target's weights, each device reading its own slices, and the draft vocabulary."""
+    config, target, mesh = run.config, run.target, run.mesh
     table = decoder.decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
+    unused = target_checkpoint.unused_tensors(target.path, table)
+    if unused:
+        say(f"target: {len(unused)} tensors of its files are not used: {', '.join(unused[:8])} ...")
     placement = parameters.shardings(table, mesh, config.logical_axis_rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -140,18 +335,26 @@ def load_frozen(
     )
 
 
-def stop_ids(target: Target, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Tokens that end a reply: eos_token_id of generation_config.json, config.json, tokenizer."""
-    found: set[int] = {tokenizer_eos} if tokenizer_eos is not None else set()
-    for source in (target_checkpoint.read_generation_config(target.path), target.config):
-        ids = source.get("eos_token_id")
-        found |= set(ids) if isinstance(ids, list) else ({ids} if ids is not None else set())
-    if not found:
-        raise TargetError(
-            f"neither {target.path}/generation_config.json nor config.json nor the tokenizer "
-            f"names an eos_token_id: no reply could ever end"
-        )
-    return tuple(sorted(found))
+def gather(tree: Tree, mesh: Mesh) -> Tree:
+    """Whole arrays on every process, as numpy."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(tree))
 
 
-__all__ = ["Target", "head_dims", "load_frozen", "make_mesh", "open_target", "pyconfig", "say"]
+def any_process(asked: bool) -> bool:
+    """Whether `asked` is true in any process; all of them must call it together."""
+    if jax.process_count() == 1:
+        return asked
+    return bool(multihost_utils.process_allgather(np.array([asked])).any())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

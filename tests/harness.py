@@ -1,4 +1,4 @@
-"""The bridge from a reference problem (reference.py) to the code under test, and how far off it is."""
+"""The bridge from a reference problem (reference.py) to the code under test."""
 
 import dataclasses
 import functools

@@ -29,9 +29,7 @@ def random_rows(seed=0):
 def half(rows, part):
     """Batch rows of one half; the halves are of unequal weight on purpose."""
     cut = np.s_[:, :2] if part == 0 else np.s_[:, 2:]
-    return reference.Rows(
-        *(getattr(rows, field.name)[cut] for field in dataclasses.fields(rows))
-    )
+    return reference.Rows(*(getattr(rows, field.name)[cut] for field in dataclasses.fields(rows)))
 
 
 def sums_of(rows):
@@ -97,8 +95,7 @@ def test_gradients_of_two_halves_add_up_to_that_of_the_whole():
     all_rows = harness.run(whole, 1)
     counts = all_rows.counted.sum((1, 2))
     parts = [
-        harness.run(only(np.array(keep)), 1, counts=counts)
-        for keep in ((1, 1, 0, 0), (0, 0, 1, 1))
+        harness.run(only(np.array(keep)), 1, counts=counts) for keep in ((1, 1, 0, 0), (0, 0, 1, 1))
     ]
     assert sum(part.total for part in parts) == pytest.approx(all_rows.total, rel=1e-5)
     summed = {name: sum(part.gradients[name] for part in parts) for name in parts[0].gradients}
@@ -126,7 +123,10 @@ def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
     reached = 1000.0
     sums = {name: np.ones(K) for name in ("loss_sum", "counted_rows", "aligned_rows")}
     sums |= {name: np.ones(K) for name in ("correct_rows", "alpha_sum")}
-    sums |= {"reached_rows": np.full(K, reached), "reached_correct_rows": reached * np.array(cond_acc)}
+    sums |= {
+        "reached_rows": np.full(K, reached),
+        "reached_correct_rows": reached * np.array(cond_acc),
+    }
     expected = 0.0
     for hits in itertools.product([0, 1], repeat=K):
         chance = np.prod([a if hit else 1 - a for hit, a in zip(hits, cond_acc, strict=True)])

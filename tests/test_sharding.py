@@ -1,4 +1,4 @@
-"""Losses and gradients do not depend on the mesh; what cannot be split is an error in plain words."""
+"""Losses and gradients do not depend on the mesh; what cannot be split is a clear error."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ needs_eight = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs eight de
 
 
 def losses_of(params, target, batch):
-    """total, and every row's loss; the target's batch is split by its own rules, the draft's by all."""
+    """total, and every counted row's loss."""
     draft_ids = jnp.arange(0, V, 2)
     embeddings, features, last = decoder.features(
         target,
@@ -102,7 +102,7 @@ def on_one_device():
 
 
 @needs_eight
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["replicated", "fsdp", "tensor"])
 def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
     mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
     placements = [parameters.shardings(table, mesh, RULES) for table in TABLES]
@@ -169,26 +169,22 @@ def test_a_dimension_that_the_devices_do_not_divide_is_an_error_naming_parameter
 
 
 @needs_eight
-def test_heads_that_the_devices_do_not_divide_are_an_error_though_their_columns_would_split():
-    # 2 key/value heads of size 4 make 8 columns, which 8 devices share; the heads they cannot.
-    mesh = sharding.make_mesh(AXES, (1, 1, 8), (1, 1, 1))
+def test_features_are_right_where_more_devices_than_key_heads_share_a_layer():
+    # 2 key/value heads of size 4 make 8 columns, which 8 devices can share though the heads cannot.
     dims = dataclasses.replace(TARGET, num_kv_heads=2)
     table = decoder.decoder_params(dims, CAPTURE, jnp.float32)
+    target, batch = parameters.initialize(table, 0), batch_of_two_documents_a_row()
 
-    def build_and_run():
-        placement = parameters.shardings(table, mesh, RULES)
-        target = jax.device_put(parameters.initialize(table, 0), placement)
-        batch = batch_of_two_documents_a_row()
+    def features(target, batch):
         arrays = (batch[name] for name in ("tokens", "positions", "segments"))
+        return decoder.features(target, *arrays, dims, CAPTURE, jnp.float32, 5)[1]
 
-        def features(target, *arrays):
-            return decoder.features(target, *arrays, dims, CAPTURE, jnp.float32, 5)[2]
-
-        with axis_rules(mesh, RULES):
-            return jax.jit(features)(target, *arrays)
-
-    with pytest.raises(ShardingError, match="split"):
-        build_and_run()
+    expected = jax.jit(lambda *args: features(*args))(target, batch)
+    mesh = sharding.make_mesh(AXES, (1, 1, 8), (1, 1, 1))
+    placed = jax.device_put(target, parameters.shardings(table, mesh, RULES))
+    with axis_rules(mesh, RULES):
+        ours = jax.jit(features)(placed, batch)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_open_parallelism_takes_what_remains():
@@ -203,16 +199,10 @@ def test_parallelism_that_does_not_multiply_to_the_devices_is_an_error_with_the_
         sharding.fill_parallelism(sizes, 8, "ici")
 
 
-@pytest.mark.parametrize("sizes", [(0, -1, 1), (-2, -4, 1), (-2, -1, -4)])
-def test_parallelism_that_is_not_positive_is_an_error(sizes):
-    with pytest.raises(ShardingError, match=r"ici_\*_parallelism"):
-        sharding.fill_parallelism(sizes, 8, "ici")
-
-
 def test_a_mesh_axis_on_two_dimensions_of_an_array_is_an_error_naming_it():
     mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
     rules = [["a", ["data", "fsdp"]], ["b", ["fsdp"]]]
-    with pytest.raises(ShardingError, match="'fsdp'.*two dimensions"):
+    with pytest.raises(ShardingError, match=r"'fsdp'.*two dimensions"):
         sharding.named_sharding(mesh, rules, ("a", "b"))
 
 

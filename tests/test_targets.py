@@ -1,4 +1,4 @@
-"""The frozen target computes what transformers computes, and reads its config.json without guessing."""
+"""The frozen target computes what transformers computes, and never guesses at config.json."""
 
 import json
 
@@ -326,9 +326,7 @@ def test_what_this_decoder_would_compute_wrongly_is_refused(family, change, name
         ("qwen3", False, False, False, False, True, 24),
     ],
 )
-def test_the_switches_of_a_family(
-    family, tied, qkv_bias, output_bias, mlp_bias, qk_norm, head_dim
-):
+def test_the_switches_of_a_family(family, tied, qkv_bias, output_bias, mlp_bias, qk_norm, head_dim):
     dims = dims_from_config(golden(family)[0])
     assert dims.tied_head == tied
     assert dims.qkv_bias == qkv_bias

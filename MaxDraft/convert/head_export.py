@@ -104,7 +104,7 @@ def head_tensors(
 
     CheckpointError for a parameter of another shape, or one that is not finite.
     """
-    D, V = len(vocabulary.draft_to_target), vocabulary.target_vocab_size
+    D, V = vocabulary.size, vocabulary.target_vocab_size
     if (dims.draft_vocab_size, dims.target_vocab_size) != (D, V):
         raise CheckpointError(
             f"the draft vocabulary has {D} of {V} tokens, the head "

@@ -21,7 +21,7 @@ from MaxDraft.convert.loading import differences, listed, load_parameters
 from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, open_safetensors
 from MaxDraft.convert.target_checkpoint import read_config
 from MaxDraft.drafts.eagle3 import HeadDims, head_params
-from MaxDraft.drafts.vocabulary import DraftVocabulary
+from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.decoder import TargetError, default_capture
@@ -32,6 +32,7 @@ _ENGINES_THETA = 10000.0
 # The target's own tensors that some trainers save along with the head.
 _COPIES = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
 _OTHER_MATHS = ("norm_before_residual", "norm_before_fc", "attention_bias", "mlp_bias")
+_NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps")
 # HeadDims field -> what config.json calls it
 _FIELDS = {
     "hidden_size": "hidden_size",
@@ -87,7 +88,7 @@ def load_head(
         for name in sorted(tensors.keys() - used)
     ]
     vocabulary, unmapped = _vocabulary(tensors, dims)
-    found_capture, contradiction = _capture(config, nested is not None)
+    found_capture, contradiction = _capture(config)
     problems += [*unmapped, *contradiction]
     if expected is not None:
         problems += [
@@ -104,10 +105,7 @@ def load_head(
 
 
 def _dims(folder: Path, layer: Mapping[str, Any]) -> HeadDims:
-    needed = [
-        *("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps"),
-    ]
-    missing = [field for field in needed if layer.get(field) is None]
+    missing = [field for field in _NEEDED if layer.get(field) is None]
     if missing:
         raise CheckpointError(f"config.json in {folder} has no {', '.join(missing)}")
     said = layer.get("rope_theta") is not None or layer.get("rope_parameters")
@@ -157,32 +155,14 @@ def _vocabulary(
     ]
     if wrong:
         return None, wrong
-    d2t = tensors["d2t"].read().astype(np.int64)
-    marked = np.flatnonzero(tensors["t2d"].read()) if "t2d" in tensors else None
-    ids = np.arange(D) + d2t
-    if _are_absolute(d2t, ids, V, marked):
-        return None, ["d2t: holds absolute target ids; engines need the offset, id - draft id"]
-    if not _ascending(ids, V):
-        return None, [f"d2t: does not lead to {D} ascending target ids below {V}"]
-    if marked is not None and not np.array_equal(marked, ids):
-        return None, ["t2d: marks other tokens than d2t leads to"]
-    return DraftVocabulary(ids.astype(np.int32), V), []
+    t2d = tensors["t2d"].read() if "t2d" in tensors else None
+    try:
+        return DraftVocabulary.from_offsets(tensors["d2t"].read(), V, t2d), []
+    except VocabularyError as error:
+        return None, [str(error)]
 
 
-def _ascending(ids: np.ndarray, V: int) -> bool:
-    return bool(ids[0] >= 0 and ids[-1] < V and (np.diff(ids) > 0).all())
-
-
-def _are_absolute(d2t: np.ndarray, ids: np.ndarray, V: int, marked: np.ndarray | None) -> bool:
-    """Offsets repeat wherever two neighbouring tokens are both kept; absolute ids never do."""
-    if len(d2t) < 2 or not _ascending(d2t, V):
-        return False
-    return marked is None or (np.array_equal(marked, d2t) and not np.array_equal(marked, ids))
-
-
-def _capture(
-    config: Mapping[str, Any], speculators: bool
-) -> tuple[tuple[int, ...] | None, list[str]]:
+def _capture(config: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, list[str]]:
     """Captured layers as outputs, and what contradicts itself about them."""
     outputs = (config.get("eagle_config") or {}).get(LAYER_IDS) or []
     inputs = config.get(LAYER_IDS) or []

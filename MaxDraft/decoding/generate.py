@@ -49,9 +49,7 @@ class TargetModel:
             return cached_attention(q, keys, values, slots), (keys, values)
 
         embeddings = decoder.embed(params, tokens, self.dtype)
-        return decoder.run_layers(
-            params, embeddings, slots, self.dims, self.capture, attend, cache
-        )
+        return decoder.run_layers(params, embeddings, slots, self.dims, self.capture, attend, cache)
 
 
 def write(

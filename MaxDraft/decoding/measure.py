@@ -1,9 +1,9 @@
 """Real speculative decoding of held-out prompts, measured against plain decoding.
 
-    accept_length   tokens emitted by verify steps / verify steps, pooled over all prompts; the first
-                    token of a reply comes from the prompt's own pass and is in neither count
-    lossless        every greedy reply equals the target's plain greedy reply, token for token
-    speedup         tokens per second, speculative / plain, same prompts, same run
+accept_length   tokens emitted by verify steps / verify steps, pooled over all prompts; the first
+                token of a reply comes from the prompt's own pass and is in neither count
+lossless        every greedy reply equals the target's plain greedy reply, token for token
+speedup         tokens per second, speculative / plain, same prompts, same run
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def measure(
 
     greedy_chain = jax.jit(functools.partial(chain, temperature=0.0))
     greedy = run("plain, greedy", jax.jit(functools.partial(plain, temperature=0.0)), target_params)
-    drafted = run(
-        "speculative, greedy", greedy_chain, target_params, head_params, draft_to_target
-    )
+    drafted = run("speculative, greedy", greedy_chain, target_params, head_params, draft_to_target)
     untrained = run(
         "speculative, greedy, an untrained head",
         greedy_chain,

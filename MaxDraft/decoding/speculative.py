@@ -166,9 +166,7 @@ def decode_speculative(
 
     def body(carry):
         target_cache, head_cache, state, out, length, active, verify_steps, accepted_at = carry
-        draft_key, accept_key = jax.random.split(
-            jax.random.fold_in(key, 1 + verify_steps.max()), 2
-        )
+        draft_key, accept_key = jax.random.split(jax.random.fold_in(key, 1 + verify_steps.max()), 2)
         committed = prompt_length + length  # n
         token = at(out, length - 1)  # x[n-1]
 

@@ -1,11 +1,11 @@
 """Metrics of a draft head, as sums and counts until the last division.
 
-    loss_k        mean soft cross-entropy of step k over its counted rows
-    acc_k         share of aligned rows where the head's argmax is the target's argmax over ALL tokens
-    cond_acc_k    the same, among rows that were right at all steps before k (the papers' n-alpha)
-    alpha_k       mean over aligned rows of sum_v min(p(v), q(v)): expected acceptance when sampling
-    sim_accept_length   1 + a0 + a0 a1 + ... with a = cond_acc: tokens per verify step of a greedy
-                        chain of K drafts, the bonus token included
+loss_k        mean soft cross-entropy of step k over its counted rows
+acc_k         share of aligned rows where the head's argmax is the target's argmax over ALL tokens
+cond_acc_k    the same, among rows that were right at all steps before k (the papers' n-alpha)
+alpha_k       mean over aligned rows of sum_v min(p(v), q(v)): expected acceptance when sampling
+sim_accept_length   1 + a0 + a0 a1 + ... with a = cond_acc: tokens per verify step of a greedy
+                    chain of K drafts, the bonus token included
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def load_tokenizer(
         raise DataError(f"the tokenizer in {path} cannot be loaded: {error}{hint}") from error
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer in {path} has no fast version, and only fast ones know which characters "
-            f"a token covers; convert it to a tokenizer.json"
+            f"the tokenizer in {path} has no fast version, and only fast ones know which "
+            f"characters a token covers; convert it to a tokenizer.json"
         )
     if chat_template_file:
         try:
@@ -84,8 +84,8 @@ def load_tokenizer(
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer in {path} has no chat template: the prompts the target is served with "
-            f"cannot be known. Take the tokenizer of the instruction-tuned model, or give the Jinja "
-            f"file it is served with: chat_template=FILE"
+            f"cannot be known. Take the tokenizer of the instruction-tuned model, or give the "
+            f"Jinja file it is served with: chat_template=FILE"
         )
     return tokenizer
 
@@ -101,8 +101,8 @@ def check_vocabulary(
     if size > target_vocab_size:
         raise DataError(
             f"the tokenizer knows token ids up to {size - 1}, the target only ids below its "
-            f"vocab_size {target_vocab_size}: they do not belong together; check tokenizer_path and "
-            f"target_path"
+            f"vocab_size {target_vocab_size}: they do not belong together; check "
+            f"tokenizer_path and target_path"
         )
 
 

@@ -115,7 +115,7 @@ class ReadReport:
         return cls(value["records"], skipped)
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
     """Why a record is skipped."""
 
 
@@ -128,9 +128,7 @@ def parse_file_spec(spec: str) -> list[FileSet]:
     found, seen = [], {}
     for part in filter(None, map(str.strip, spec.split(";"))):
         pattern, weight = _split_weight(part)
-        paths = tuple(
-            sorted(p for p in map(Path, glob.glob(_expand(pattern), recursive=True)) if p.is_file())
-        )
+        paths = tuple(path for path in _matching(pattern) if path.is_file())
         if not paths:
             raise DataError(f"no file matches {pattern!r}; is the path right, seen from here?")
         for path in paths:
@@ -166,7 +164,7 @@ def read_conversations(path: Path, report: ReadReport) -> Iterator[Conversation]
                 report.records += 1
                 try:
                     yield Conversation(_messages(text), str(path), number)
-                except _Unusable as reason:
+                except _UnusableError as reason:
                     report.skip(str(reason), str(path), number)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -177,8 +175,9 @@ def _opens_array(text: bytes, number: int) -> bool:
     return number == 1 and text.startswith(b"[") and text[1:].lstrip()[:1] in (b"", b"{")
 
 
-def _expand(pattern: str) -> str:
-    return str(Path(pattern).expanduser())
+def _matching(pattern: str) -> list[Path]:
+    # Path.glob takes no absolute patterns.
+    return sorted(map(Path, glob.glob(str(Path(pattern).expanduser()), recursive=True)))  # noqa: PTH207
 
 
 def _split_weight(part: str) -> tuple[str, float]:
@@ -189,7 +188,7 @@ def _split_weight(part: str) -> tuple[str, float]:
     try:
         weight = float(text)
     except ValueError as error:
-        if glob.glob(_expand(part), recursive=True):
+        if _matching(part):
             return part, 1.0
         raise DataError(
             f"{part!r}: {text.strip()!r} after the comma is not a weight; write GLOB,WEIGHT with "
@@ -207,35 +206,35 @@ def _messages(line: bytes) -> tuple[Message, ...]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _Unusable("not UTF-8") from error
+        raise _UnusableError("not UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise _Unusable("not JSON") from error
+        raise _UnusableError("not JSON") from error
     if not isinstance(record, dict):
-        raise _Unusable("not a JSON object")
+        raise _UnusableError("not a JSON object")
     if "messages" in record:
         entries, role_key, content_key = record["messages"], "role", "content"
     elif "conversations" in record:
         entries, role_key, content_key = record["conversations"], "from", "value"
     else:
-        raise _Unusable("neither 'messages' nor 'conversations'")
+        raise _UnusableError("neither 'messages' nor 'conversations'")
     if not isinstance(entries, list) or not entries:
-        raise _Unusable("no messages")
+        raise _UnusableError("no messages")
     messages = tuple(_message(entry, role_key, content_key) for entry in entries)
     if all(message.role != "assistant" for message in messages):
-        raise _Unusable("no assistant message")
+        raise _UnusableError("no assistant message")
     return messages
 
 
 def _message(entry: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(entry, dict) or not isinstance(entry.get(role_key), str):
-        raise _Unusable(f"a message without {role_key!r}")
+        raise _UnusableError(f"a message without {role_key!r}")
     role = ROLES.get(entry[role_key].strip().lower())
     if role is None:
         # Roles are few in sane data; in insane data each would be a reason of its own.
-        raise _Unusable(f"unknown role {entry[role_key][:24]!r}")
+        raise _UnusableError(f"unknown role {entry[role_key][:24]!r}")
     content = _text(entry.get(content_key))
     if not content.strip():
-        raise _Unusable("empty content")
+        raise _UnusableError("empty content")
     return Message(role, content)
 
 
@@ -252,11 +251,11 @@ def _text(content: Any) -> str:
             and isinstance(part.get("text"), str)
             for part in content
         ):
-            raise _Unusable("content with parts that are not text")
+            raise _UnusableError("content with parts that are not text")
         text = "".join(part["text"] for part in content)
     else:
-        raise _Unusable("content that is not text")
+        raise _UnusableError("content that is not text")
     # JSON may escape half of a surrogate pair, which no tokenizer and no file can hold.
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise _Unusable("content with half a surrogate pair")
+        raise _UnusableError("content with half a surrogate pair")
     return text

@@ -60,7 +60,7 @@ COLUMNS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
     """Every usable conversation of some files, in a folder."""
 
@@ -83,7 +83,7 @@ class Encoded:
         return {k: v for k, v in self.__dict__.items() if k != "columns"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Documents:
     """Some conversations of an `Encoded`: those trained on, or those held out.
 
@@ -144,7 +144,7 @@ class Documents:
         return counts
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """What a run learns from, and what it is measured on."""
 
@@ -164,11 +164,8 @@ class Dataset:
     @property
     def encoded(self) -> tuple[Encoded, ...]:
         """The folders both sides come from: one, or two where eval files were given."""
-        return tuple(
-            dict.fromkeys([self.train.encoded, self.held_out.encoded])
-            if self.train.encoded is not self.held_out.encoded
-            else [self.train.encoded]
-        )
+        same = self.train.encoded is self.held_out.encoded
+        return (self.train.encoded,) if same else (self.train.encoded, self.held_out.encoded)
 
 
 def prepare_dataset(
@@ -206,8 +203,8 @@ def prepare_dataset(
     leaked = np.isin(train.columns["words"], held_out.columns["words"])
     if leaked.all():
         raise DataError(
-            f"every conversation of {train_files} is also in {eval_files}: nothing is left to train "
-            f"on; set grain_eval_files to other files, or leave it empty and set eval_fraction"
+            f"every conversation of {train_files} is also in {eval_files}: nothing is left to "
+            f"train on; set grain_eval_files to other files, or leave it empty for eval_fraction"
         )
     everything = np.ones(len(held_out), bool)
     return Dataset(

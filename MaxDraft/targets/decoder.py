@@ -127,7 +127,9 @@ def decoder_params(dims: DecoderDims, capture: Sequence[int], dtype: Any = jnp.b
         return table
 
     tree = {
-        "embed": Param((V, H), ("target_vocab", "target_embed"), "model.embed_tokens.weight", dtype),
+        "embed": Param(
+            (V, H), ("target_vocab", "target_embed"), "model.embed_tokens.weight", dtype
+        ),
         "layers": tuple(group(layers) for layers in layer_groups(capture, dims.num_layers)),
         "norm": Param((H,), (None,), "model.norm.weight", dtype, "ones"),
     }

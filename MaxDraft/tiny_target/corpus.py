@@ -28,29 +28,18 @@ from pathlib import Path
 Message = dict[str, str]  # role, content
 Record = dict[str, list[Message]]  # messages
 
-# Tests, what is not importable as a library, and what some distributions leave out or newer Python
-# versions have dropped: the text should differ little between installations.
-SKIPPED = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "distutils",
-        "encodings",
-        "ensurepip",
-        "idlelib",
-        "lib2to3",
-        "msilib",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-        "tkinter",
-        "turtle",
-        "turtledemo",
-        "venv",
-    }
-)
-FEWEST_ENTRIES = 1000  # a whole standard library has about three times as many
+# Modules that people know and that every supported Python has. The target sees each of their entries
+# a dozen times, so it learns what they are instead of learning to spell.
+MODULES = """
+    argparse ast asyncio.tasks asyncio.queues asyncio.locks base64 bisect calendar cmd code
+    codecs collections colorsys configparser contextlib copy csv difflib dis fileinput filecmp
+    fnmatch fractions ftplib functools getpass gettext glob graphlib gzip heapq hmac html
+    inspect io ipaddress json keyword linecache locale logging mimetypes operator os pickle
+    pkgutil platform posixpath pprint queue random sched secrets selectors shelve shlex shutil
+    socket statistics string subprocess tempfile textwrap threading timeit tokenize traceback
+    types typing urllib.parse uuid warnings weakref zipfile zipapp
+""".split()
+FEWEST_ENTRIES = 150  # a whole standard library has about three times as many
 SYSTEM_MESSAGES = (
     "You answer questions about the Python standard library.",
     "You are a short and exact guide to Python.",
@@ -119,7 +108,7 @@ def standard_library() -> Path:
 
 def read_entries(library: Path) -> list[Entry]:
     """Every documented public entry, in the order of its path; CorpusError where too few are."""
-    entries = [entry for path in _sources(library) for entry in _entries(path, library)]
+    entries = [entry for source in _sources(library) for entry in _entries(*source)]
     if len(entries) < FEWEST_ENTRIES:
         raise CorpusError(
             f"{library} has only {len(entries)} documented functions and classes, and the tiny "
@@ -142,24 +131,15 @@ def conversations(entries: Sequence[Entry]) -> list[Record]:
 
 
 # --------------------------------------------------------------------------- reading the library
-def _sources(library: Path) -> Iterator[Path]:
-    for path in sorted(library.iterdir()):
-        name = path.name
-        if path.stem in SKIPPED or name.startswith(("_", "config-", ".")):
-            continue
-        if path.is_dir() and (path / "__init__.py").is_file():
-            for inner in sorted(path.rglob("*.py")):
-                parts = inner.relative_to(path).with_suffix("").parts
-                hidden = any(p.startswith("_") and p != "__init__" for p in parts)
-                if not hidden and not SKIPPED.intersection(parts):
-                    yield inner
-        elif path.suffix == ".py":
-            yield path
+def _sources(library: Path) -> Iterator[tuple[str, Path]]:
+    for module in MODULES:
+        plain = library.joinpath(*module.split("."))
+        for path in (plain.with_suffix(".py"), plain / "__init__.py"):
+            if path.is_file():
+                yield module, path
 
 
-def _entries(path: Path, library: Path) -> Iterator[Entry]:
-    parts = path.relative_to(library).with_suffix("").parts
-    module = ".".join(part for part in parts if part != "__init__")
+def _entries(module: str, path: Path) -> Iterator[Entry]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd escapes in the library's own strings
         tree = ast.parse(path.read_bytes(), filename=str(path))

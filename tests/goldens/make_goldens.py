@@ -1,15 +1,14 @@
 """Writes the golden files of the targets: what transformers computes for the models of recipe.py.
 
-    python3 tests/goldens/make_goldens.py            writes tests/goldens/<family>.npz and config.json
-    python3 tests/goldens/make_goldens.py --report   compares MaxDraft with live models, writes nothing
+    python3 tests/goldens/make_goldens.py            writes tests/goldens/<family>.npz
+    python3 tests/goldens/make_goldens.py --report   compares MaxDraft with live models instead
 
-A file holds `logits` [positions, V] and `features` [positions, 3, H] as float32, at the positions of
-recipe.POSITIONS, and the config.json text that transformers itself writes. The model runs in float64;
-transformers keeps rotary angles and norms in float32 there as well.
-Needs torch and transformers; the tests need neither, they read the files.
+A file holds `logits` [positions, V] and `features` [positions, 3, H] as float32, at the positions
+of recipe.POSITIONS, and as `config` the config.json text that transformers itself writes. The model
+runs in float64; transformers keeps rotary angles and norms in float32 there as well.
+Needs torch and transformers; the tests of the files need neither.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from goldens import recipe
+from goldens import recipe  # noqa: E402
 
 
 def transformers_model(config):
@@ -75,7 +74,7 @@ def write_files():
             features=features[at].astype(np.float32),
             config=np.array(model.config.to_json_string(use_diff=False)),
         )
-        print(f"{family}: {json.loads(model.config.to_json_string())['rope_parameters']}")
+        print(f"{family}: {model.config.rope_parameters}")
 
 
 def report():

@@ -1,8 +1,8 @@
 """The small random targets of the golden files: configurations, weights, tokens, sampled positions.
 
-make_goldens.py (torch) and test_targets.py (JAX) both read this file, so that the two sides hold the
-same numbers without a weight being stored. A tensor is drawn from NumPy's legacy generator, whose
-stream never changes, seeded by the CRC-32 of the tensor's name xor SEED:
+make_goldens.py (torch) and test_targets.py (JAX) both read this file, so that the two sides hold
+the same numbers without a weight being stored. A tensor is drawn from NumPy's legacy generator,
+whose stream never changes, seeded by the CRC-32 of the tensor's name xor SEED:
 
     matrix [out, in]    normal * gain / sqrt(in); gain 2 for q_proj and k_proj, else 1
     embedding [V, H]    normal

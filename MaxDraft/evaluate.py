@@ -1,0 +1,136 @@
+"""Measures a trained head: teacher-forced metrics, and real speculative decoding.
+
+    python3 MaxDraft/evaluate.py configs/base.yml run_name=q3 base_output_directory=/runs
+
+Reads the run's own configuration; further key=value go on top. Writes <run>/evaluation.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see train.py
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from MaxDraft import pyconfig, sharding, wiring
+from MaxDraft.decoding.generate import TargetModel
+from MaxDraft.decoding.measure import DecodeSettings, measure
+from MaxDraft.decoding.speculative import DraftModel
+from MaxDraft.drafts import eagle3, metrics
+from MaxDraft.layers import params as parameters
+from MaxDraft.layers.params import Tree
+from MaxDraft.metric_logger import say
+from MaxDraft.train_step import Frozen
+from MaxDraft.wiring import Run
+
+FILE = "evaluation.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    run = wiring.open_run(pyconfig.initialize(argv, from_run=True))
+    step, params, vocabulary = run.restore_head()
+    frozen = wiring.load_frozen(run, vocabulary)
+    evaluate(run, step, params, frozen)
+    return 0
+
+
+def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any]:
+    """Measures the head of optimizer step `step`; writes evaluation.json and prints its table."""
+    config = run.config
+    say(f"\nevaluating the head of step {step}")
+    result = {"step": step} | held_out_metrics(run, params, frozen)
+    prompts = run.data.prompts(
+        config.decode_num_prompts, run.target.dims.max_length - config.decode_max_new_tokens
+    )
+    result |= decode(run, params, frozen, prompts)
+    result["settings"] = {
+        "draft_steps": config.decode_draft_steps,
+        "max_new_tokens": config.decode_max_new_tokens,
+        "batch_size": config.decode_batch_size,
+        "dtype": config.dtype,
+        "target_layer_ids": list(run.target.capture),
+        "devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}",
+    }
+    if jax.process_index() == 0:
+        path = config.run_directory / FILE
+        wiring.write_json(path, result)
+        say(f"{table(result)}\nwritten to {path}")
+    return result
+
+
+def held_out_metrics(
+    run: Run, params: Tree, frozen: Frozen, num_batches: int = -1
+) -> dict[str, Any]:
+    """Teacher-forced metrics pooled over held-out batches, all where num_batches is -1."""
+    found = [
+        run.programs.evaluate(params, frozen, batch) for batch in run.held_out_batches(num_batches)
+    ]
+    pooled = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(found))
+    return metrics.finish(pooled, run.config.ttt_loss_decay)
+
+
+def decode(run: Run, params: Tree, frozen: Frozen, prompts: list[list[int]]) -> dict[str, Any]:
+    """Real decoding of `prompts`, on the mesh with whole batches on every device."""
+    config, dtype = run.config, jnp.dtype(run.config.dtype)
+    rules = [rule for rule in config.logical_axis_rules if not rule[0].endswith("_batch")]
+    table = eagle3.head_params(run.head_dims)
+    untrained = jax.jit(
+        lambda: parameters.initialize(table, config.init_weights_seed),
+        out_shardings=parameters.shardings(table, run.mesh, config.logical_axis_rules),
+    )()
+    with sharding.axis_rules(run.mesh, rules):
+        return measure(
+            TargetModel(run.target.dims, run.target.capture, dtype),
+            DraftModel(run.head_dims, dtype),
+            frozen.target,
+            params,
+            untrained,
+            frozen.draft_to_target,
+            prompts,
+            DecodeSettings(
+                draft_steps=config.decode_draft_steps,
+                max_new_tokens=config.decode_max_new_tokens,
+                temperature=config.decode_temperature,
+                batch_size=config.decode_batch_size,
+                stop_ids=run.stop_ids,
+            ),
+            say,
+        )
+
+
+def table(result: dict[str, Any]) -> str:
+    """evaluation.json for people."""
+    lines = ["", "step k  acc_k   cond_acc_k  alpha_k     (teacher-forced, held-out rows)"]
+    for k, row in enumerate(zip(result["acc"], result["cond_acc"], result["alpha"], strict=True)):
+        lines.append(f"{k:6}  {row[0]:.3f}   {row[1]:.3f}       {row[2]:.3f}")
+    chain = result["settings"]["draft_steps"]
+    speed = result["tokens_per_second"]
+    lines += [
+        f"sim_accept_length  {result['sim_accept_length']:.2f}  (from cond_acc, chain of "
+        f"{len(result['acc'])} drafts)",
+        f"accept_length      {result['accept_length']:.2f}  (greedy, chain of {chain} drafts: "
+        f"tokens per verify step, {result['prompts']} prompts, {result['reply_tokens']} tokens)",
+        f"  untrained head   {result['accept_length_untrained']:.2f}",
+    ]
+    if "sampled" in result:
+        sampled = result["sampled"]
+        lines.append(f"  temperature {sampled['temperature']:<4g} {sampled['accept_length']:.2f}")
+    lines += [
+        f"lossless           {str(result['lossless']).lower()}  (greedy replies equal to plain "
+        f"greedy ones; {len(result['unequal_prompts'])} of {result['prompts']} differ)",
+        f"tokens per second  {speed['plain']:.1f} plain, {speed['speculative']:.1f} speculative: "
+        f"speedup {result['speedup']:.2f}",
+        f"distinct 4-grams   {result['distinct_4gram_share']:.2f} of all in the replies (1: nothing "
+        f"repeats inside a reply)",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    wiring.run_main(main)

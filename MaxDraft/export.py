@@ -1,0 +1,63 @@
+"""Writes a trained head as the folder that the serving engines read, and proves it.
+
+    python3 MaxDraft/export.py configs/base.yml run_name=q3 base_output_directory=/runs
+
+Reads the run's own configuration; further key=value go on top. The folder is <run>/export, or
+export_path.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see train.py
+
+import jax
+
+from MaxDraft import pyconfig, wiring
+from MaxDraft.convert.engine_check import check_export
+from MaxDraft.convert.engines import engine_report
+from MaxDraft.convert.head_export import export_head, head_config
+from MaxDraft.drafts.vocabulary import DraftVocabulary
+from MaxDraft.layers.params import Tree
+from MaxDraft.metric_logger import say
+from MaxDraft.wiring import Run
+
+
+def main(argv: Sequence[str]) -> int:
+    run = wiring.open_run(pyconfig.initialize(argv, from_run=True), with_data=False)
+    step, params, vocabulary = run.restore_head()
+    export(run, step, params, vocabulary)
+    return 0
+
+
+def export(run: Run, step: int, params: Tree, vocabulary: DraftVocabulary) -> Path:
+    """Writes, checks and describes the export of the head of step `step` -> its folder."""
+    folder, target = run.config.export_directory, run.target
+    say(f"\nexporting the head of step {step}")
+    params = wiring.gather(params, run.mesh)
+    if jax.process_index() == 0:
+        reports = []
+        export_head(
+            folder,
+            params,
+            run.head_dims,
+            vocabulary,
+            target.config,
+            target.capture,
+            run.config.model_name,
+            check=lambda written: reports.append(
+                check_export(written, params, run.head_dims, vocabulary, target.capture)
+            ),
+        )
+        say(str(reports[0]))
+        say(f"exported to {folder}\n")
+        config = head_config(run.head_dims, target.config, target.capture, run.config.model_name)
+        say(engine_report(target.config, config, str(target.path), str(folder)))
+    return folder
+
+
+if __name__ == "__main__":
+    wiring.run_main(main)

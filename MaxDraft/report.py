@@ -1,0 +1,83 @@
+"""What a run says of itself before it starts and when it is done, on the terminal and in its folder.
+
+config.yml        every key as it was resolved
+data.json         what was read, left out, packed and covered
+draft_vocabulary.json
+report.txt        the result, and how to serve it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from MaxDraft import flops, pyconfig, wiring
+from MaxDraft.drafts import eagle3
+from MaxDraft.drafts.vocabulary import DraftVocabulary
+from MaxDraft.layers import params as parameters
+from MaxDraft.metric_logger import say
+from MaxDraft.targets import decoder
+from MaxDraft.wiring import Run
+
+
+def describe(run: Run, vocabulary: DraftVocabulary) -> None:
+    """Prints what will be trained on what, and writes it beside the run."""
+    config, target, head = run.config, run.target, run.head_dims
+    summary = run.data.summary(vocabulary)
+    trained = parameters.count(eagle3.head_params(head))
+    frozen = parameters.count(decoder.decoder_params(target.dims, target.capture))
+    cost = flops.per_token(target.dims, head, config.ttt_length, config.max_target_length)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    say(
+        f"\nsample of the training data, the assistant's tokens in brackets:\n{run.data.sample()}\n"
+        f"\n{summary.text()}\n"
+        f"target: {target.config['model_type']}, {frozen:,} parameters, features of layers "
+        f"{list(target.capture)} of 0..{target.dims.num_layers - 1}\n"
+        f"head: {trained:,} parameters, rollout of {config.ttt_length} steps\n"
+        f"mesh: {run.mesh.size} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} "
+        f"process(es)\n"
+        f"training: {run.total_steps} optimizer steps of {run.data.rows_per_step} rows of "
+        f"{config.max_target_length} positions; model FLOPs per token "
+        f"{sum(cost.values()) / 1e9:.3f} GFLOP\n"
+        f"run folder: {config.run_directory}\n"
+    )
+    if jax.process_index() == 0:
+        config.write(config.run_directory / pyconfig.SAVED_NAME)
+        vocabulary.save(config.run_directory / "draft_vocabulary.json")
+        wiring.write_json(config.run_directory / "data.json", summary.as_dict())
+
+
+def finish(run: Run, result: dict[str, Any], export: Path) -> None:
+    """Prints and writes the report of a finished run."""
+    config, speed = run.config, result["tokens_per_second"]
+    lines = [
+        f"MaxDraft: run {config.run_name} is done",
+        f"  trained     an EAGLE-3 head for {config.model_name} ({run.target.path}), "
+        f"{run.total_steps} steps; this is the head of step {result['step']}",
+        f"  accept_length {result['accept_length']:.2f} tokens per verify step, greedy, "
+        f"{config.decode_draft_steps} draft steps, {result['prompts']} held-out prompts",
+        f"    an untrained head: {result['accept_length_untrained']:.2f}",
+    ]
+    if "sampled" in result:
+        sampled = result["sampled"]
+        lines.append(
+            f"    at temperature {sampled['temperature']:g}: {sampled['accept_length']:.2f}"
+        )
+    lines += [
+        f"  lossless    {str(result['lossless']).lower()}: greedy replies compared with plain ones",
+        f"  speedup     {result['speedup']:.2f} on this machine ({speed['plain']:.0f} -> "
+        f"{speed['speculative']:.0f} tokens per second)",
+        f"  export      {export}",
+        f"  evaluation  {config.run_directory / 'evaluation.json'}",
+        "Next:",
+        f"  python3 MaxDraft/evaluate.py configs/base.yml run_name={config.run_name} "
+        f"base_output_directory={config.base_output_directory} decode_draft_steps=5",
+        "  python3 MaxDraft/train.py configs/base.yml model_name=llama3.1-8b target_path=FOLDER "
+        "grain_train_files=FILE.jsonl",
+    ]
+    text = "\n".join(lines)
+    say(f"\n{text}")
+    if jax.process_index() == 0:
+        wiring.write_atomically(config.run_directory / "report.txt", text + "\n")
