@@ -176,6 +176,10 @@ def test_a_template_that_changes_words_is_an_error_and_no_guess():
     assert turns(make_encoder(upper), dialogue("fox", "Hello")) == ["Hello<|im_end|>"]
     with pytest.raises(TemplateError, match="changes the words"):
         make_encoder(upper).encode(dialogue("Hello", "A fox."))
+    remark = "{% if 'fox' in messages[-1].content %}!{% endif %}"
+    for extra in (remark + CHATML, CHATML + remark):
+        with pytest.raises(TemplateError, match="writes differently around other replies"):
+            make_encoder(extra).encode(dialogue("Hello", "A fox."))
 
 
 def test_special_ids_hold_the_end_of_turn_whatever_the_data():

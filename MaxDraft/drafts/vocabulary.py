@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,15 +84,15 @@ class DraftVocabulary:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 json.dump(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).replace(path)
+            partial.replace(path)
         finally:
-            Path(name).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> DraftVocabulary:

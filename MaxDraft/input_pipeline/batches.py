@@ -16,6 +16,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from MaxDraft.input_pipeline.dataset import Documents
 from MaxDraft.input_pipeline.errors import DataError
@@ -146,6 +147,10 @@ class BatchIterator(Iterator[Batch]):
         if not self._worker_count:
             reading = grain.ReadOptions(threads, self._prefetch)
             return iter(remaining.to_iter_dataset(reading))
+        # Starting workers, Grain looks at absl's flags, which absl refuses before a command line
+        # has been parsed. All of them keep their defaults.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         # Each worker makes every worker_count-th batch, and Grain puts them back in order.
         dataset = remaining.to_iter_dataset(grain.ReadOptions(1, 1))
         ahead = max(1, self._prefetch // self._worker_count)

@@ -301,7 +301,7 @@ class ChatEncoder:
     ) -> tuple[str, list[Span]]:
         try:
             texts, blocks = render_jinja_template(
-                [[dataclasses.asdict(message) for message in messages]],
+                [[{"role": m.role, "content": m.content} for m in messages]],
                 chat_template=self._template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=self._marks_generation,

@@ -30,6 +30,7 @@ ROLES = {
     "chatgpt": "assistant",
 }
 EXAMPLES_KEPT = 3  # of each reason
+REASONS_KEPT = 20  # a template's own message may differ from record to record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,8 @@ class ReadReport:
 
     def skip(self, reason: str, file: str, line: int) -> None:
         """Counts a record that was read and cannot be used."""
+        if reason not in self.skipped and len(self.skipped) >= REASONS_KEPT:
+            reason = "other reasons"
         skipped = self.skipped.setdefault(reason, Skipped())
         skipped.count += 1
         if len(skipped.examples) < EXAMPLES_KEPT:

@@ -115,14 +115,13 @@ def _best_fit(documents: list[int], lengths: list[int], T: int) -> list[list[int
 
 
 def _draw_copies(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Document numbers, each floor(weight) times; the fractions by lot, as many as they sum to."""
-    whole = np.floor(weights).astype(np.int64)
-    fraction = weights - whole
-    parts = [np.repeat(np.arange(len(weights)), whole)]
-    for value in np.unique(fraction[fraction > 0]):
-        candidates = np.flatnonzero(fraction == value)
+    """Document numbers, each floor(weight) times, the fraction by lot: round(fraction * n) of the
+    n documents of one weight."""
+    parts = [np.repeat(np.arange(len(weights)), np.floor(weights).astype(np.int64))]
+    for weight in np.unique(weights[weights % 1 > 0]):
+        candidates = np.flatnonzero(weights == weight)
         lots = _shuffled(len(candidates), seed, epoch, 3)
-        parts.append(candidates[lots[: round(value * len(candidates))]])
+        parts.append(candidates[lots[: round(weight % 1 * len(candidates))]])
     return np.concatenate(parts)
 
 

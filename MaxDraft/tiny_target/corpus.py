@@ -1,17 +1,18 @@
 """Conversations about the standard library, out of its own docstrings and signatures.
 
 The library's source files are read and parsed, never imported: importing runs code. Out of every
-documented function, class and method come an `Entry`, and out of an entry questions and answers:
+documented function and class of well-known modules come an `Entry`, and out of an entry questions,
+each asked in several ways, and their answers:
 
     what does it do?             the first sentence of its documentation, and its parameters
-    show the signature           a code block, then which parameters are required
-    which are optional?          a list, from the signature in the question
-    where does it come from?     the import and a call
+    how is it called?            its signature in a code block
+    which are optional?          a list of its parameters
+    how is it imported?          a code block
     which methods has a class?   a list with one line for each
     what is in a module?         its documentation and its functions
 
-Some conversations go on over several turns, some begin with a system message. Everything is sorted
-and drawn by a checksum of the entry's name, so that one Python installation always gives one text.
+Some conversations go on for two turns, some begin with a system message. What is drawn is drawn by
+a checksum of the text and everything is sorted, so one Python installation gives one text.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from pathlib import Path
 
 Message = dict[str, str]  # role, content
 Record = dict[str, list[Message]]  # messages
+Asked = tuple[tuple[str, ...], str]  # ways to ask for one thing, and its answer
 
-# Modules that people know and that every supported Python has. The target sees each of their entries
-# a dozen times, so it learns what they are instead of learning to spell.
+# Modules that people know and that every supported Python has. The target sees each of their
+# entries a dozen times, so it learns what they are and not only how text looks.
 MODULES = """
     argparse ast asyncio.tasks asyncio.queues asyncio.locks base64 bisect calendar cmd code
     codecs collections colorsys configparser contextlib copy csv difflib dis fileinput filecmp
@@ -38,8 +40,10 @@ MODULES = """
     pkgutil platform posixpath pprint queue random sched secrets selectors shelve shlex shutil
     socket statistics string subprocess tempfile textwrap threading timeit tokenize traceback
     types typing urllib.parse uuid warnings weakref zipfile zipapp
-""".split()
-FEWEST_ENTRIES = 150  # a whole standard library has about three times as many
+"""
+MOST_FUNCTIONS = 5  # of a module, the first in its source
+MOST_CLASSES = 2
+FEWEST_ENTRIES = 120  # there are twice as many where nothing is missing
 SYSTEM_MESSAGES = (
     "You answer questions about the Python standard library.",
     "You are a short and exact guide to Python.",
@@ -69,19 +73,18 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A documented function, class, method or module."""
+    """A documented function, class or module, or a method: those stand only among `members`."""
 
     kind: str
     module: str
-    owner: str  # the class of a method
-    name: str
+    name: str  # empty: the module itself
     summary: str
     parameters: tuple[Parameter, ...] = ()
     members: tuple[tuple[str, str], ...] = ()  # name and summary of what a class or module holds
 
     @property
     def path(self) -> str:
-        return ".".join(part for part in (self.module, self.owner, self.name) if part)
+        return f"{self.module}.{self.name}" if self.name else self.module
 
     @property
     def signature(self) -> str:
@@ -119,20 +122,19 @@ def read_entries(library: Path) -> list[Entry]:
 
 
 def conversations(entries: Sequence[Entry]) -> list[Record]:
-    """Records in OpenAI's form; no two begin with the same question."""
-    records, asked = [], set()
+    """Records in OpenAI's form, in an order that mixes entries; no two ask the same."""
+    records = {}
     for entry in entries:
         for record in _about(entry):
-            question = next(m["content"] for m in record["messages"] if m["role"] == "user")
-            if question not in asked:
-                asked.add(question)
-                records.append(record)
-    return sorted(records, key=lambda record: _draw(record["messages"][-1]["content"]))
+            # A talk asks its first question in words that stand alone elsewhere: the whole counts.
+            questions = [m["content"] for m in record["messages"] if m["role"] == "user"]
+            records.setdefault(" ".join(questions), record)
+    return [records[key] for key in sorted(records, key=lambda key: (_draw(key), key))]
 
 
 # --------------------------------------------------------------------------- reading the library
 def _sources(library: Path) -> Iterator[tuple[str, Path]]:
-    for module in MODULES:
+    for module in MODULES.split():
         plain = library.joinpath(*module.split("."))
         for path in (plain.with_suffix(".py"), plain / "__init__.py"):
             if path.is_file():
@@ -144,40 +146,39 @@ def _entries(module: str, path: Path) -> Iterator[Entry]:
         warnings.simplefilter("ignore")  # odd escapes in the library's own strings
         tree = ast.parse(path.read_bytes(), filename=str(path))
     found = list(_definitions(tree, module))
-    yield from found
+    for kind, most in (("function", MOST_FUNCTIONS), ("class", MOST_CLASSES)):
+        yield from [entry for entry in found if entry.kind == kind][:most]
     members = tuple((e.name, e.summary) for e in found if e.kind == "function")
     summary = _summary(tree)
     if summary and members:
-        yield Entry("module", module, "", "", summary, members=members)
+        yield Entry("module", module, "", summary, members=members)
 
 
 def _definitions(tree: ast.Module, module: str) -> Iterator[Entry]:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _function(node, module, "")
+            yield from _function(node, module, method=False)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             methods = [
                 entry
                 for inner in node.body
                 if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
-                for entry in _function(inner, module, node.name)
+                for entry in _function(inner, module, method=True)
             ]
-            yield from methods
             summary = _summary(node)
             if summary:
                 members = tuple((method.name, method.summary) for method in methods)
-                yield Entry("class", module, "", node.name, summary, members=members)
+                yield Entry("class", module, node.name, summary, members=members)
 
 
 def _function(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, module: str, owner: str
+    node: ast.FunctionDef | ast.AsyncFunctionDef, module: str, method: bool
 ) -> Iterator[Entry]:
     summary = _summary(node)
-    parameters = _parameters(node.args, drop_first=bool(owner) and not _static(node))
+    parameters = _parameters(node.args, drop_first=method and not _static(node))
     short = len(parameters) <= 5 and sum(len(str(p)) for p in parameters) <= 60
     if summary and short and not node.name.startswith("_"):
-        kind = "method" if owner else "function"
-        yield Entry(kind, module, owner, node.name, summary, parameters)
+        yield Entry("method" if method else "function", module, node.name, summary, parameters)
 
 
 def _static(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -211,74 +212,70 @@ def _summary(node: ast.AST) -> str:
 
 # ------------------------------------------------------------------------- questions and answers
 def _about(entry: Entry) -> Iterator[Record]:
+    """Every question about an entry alone, and conversations that put several one after another."""
     if entry.kind == "module":
-        yield _record(entry, "module", _module(entry))
-        return
-    if entry.kind == "class":
-        yield _record(entry, "what", _what_class(entry))
-        if entry.members:
-            yield _record(entry, "methods", _methods(entry))
-        return
-    draw = _draw(entry.path + " turns")
-    if draw % 3 == 0:  # one conversation of several turns
-        yield _record(entry, "turns", _what(entry), _signature(entry, follows=True))
+        kinds, talks = [_module(entry)], []
+    elif entry.kind == "class":
+        kinds = [_what(entry)] + ([_methods(entry)] if entry.members else [])
+        talks = [kinds] if entry.members else []
     else:
-        yield _record(entry, "what", _what(entry))
-        yield _record(entry, "signature", _signature(entry, follows=False))
-    if entry.parameters:
-        yield _record(entry, "optional", _optional(entry))
-    if entry.kind == "function":
-        yield _record(entry, "import", _import(entry))
+        kinds = [_what(entry), _signature(entry), _import(entry)]
+        talks = [[kinds[0], kinds[1]], [kinds[2], kinds[0]]]
+        if entry.parameters:
+            kinds.append(_parameters_of(entry))
+            talks.append([kinds[1], kinds[3]])
+    for questions, answer in kinds:
+        for question in questions:
+            yield _record((question, answer))
+    for talk in talks:
+        turns = [(_pick(entry, questions), answer) for questions, answer in talk]
+        yield _record(*turns)
 
 
-def _what(entry: Entry) -> tuple[str, str]:
-    question = _pick(
-        entry,
-        "what",
-        f"What does `{entry.path}` do?",
+def _what(entry: Entry) -> Asked:
+    questions = (
+        f"What does `{entry.path}` do?" if entry.kind == "function" else f"What is `{entry.path}`?",
         f"Explain `{entry.path}` to me.",
         f"What is `{entry.path}` good for?",
     )
-    return question, f"{_place(entry)} {entry.summary} {_takes(entry)}"
-
-
-def _what_class(entry: Entry) -> tuple[str, str]:
-    question = _pick(
-        entry, "class", f"What is `{entry.path}`?", f"What is the class `{entry.path}` for?"
+    takes = " " + _takes(entry) if entry.kind == "function" else ""
+    return questions, (
+        f"`{entry.path}` is a {entry.kind} of the module `{entry.module}`. {entry.summary}{takes}"
     )
-    return question, f"{_place(entry)} {entry.summary}"
 
 
-def _methods(entry: Entry) -> tuple[str, str]:
+def _methods(entry: Entry) -> Asked:
     lines = [f"- `{name}`: {summary}" for name, summary in entry.members[:3]]
     more = len(entry.members) - len(lines)
     end = f"\n\nThere are {more} more." if more else ""
     return (
         f"Which methods has the class `{entry.path}`?",
-        f"The class `{entry.path}` has these methods:\n\n" + "\n".join(lines) + end,
-    )
+        f"What can I call on a `{entry.path}`?",
+    ), f"The class `{entry.path}` has these methods:\n\n" + "\n".join(lines) + end
 
 
-def _module(entry: Entry) -> tuple[str, str]:
+def _module(entry: Entry) -> Asked:
     names = [f"`{name}`" for name, _ in entry.members[:4]]
     return (
         f"What is in the module `{entry.module}`?",
+        f"Tell me about the module `{entry.module}`.",
+    ), (
         f"The module `{entry.module}` is described like this: {entry.summary} "
-        f"Among its functions: {_listed(names)}.",
+        f"Among its functions: {_listed(names)}."
     )
 
 
-def _signature(entry: Entry, follows: bool) -> tuple[str, str]:
-    subject = "it" if follows else f"`{entry.path}`"
-    question = f"How is {subject} called?" if follows else f"Show the signature of {subject}."
+def _signature(entry: Entry) -> Asked:
     return (
-        question,
+        f"How is `{entry.path}` called?",
+        f"Show the signature of `{entry.path}`.",
+    ), (
         f"The signature of `{entry.path}` is:\n\n"
-        f"```python\ndef {entry.signature}\n```\n\n{_takes(entry)}",
+        f"```python\ndef {entry.signature}\n```\n\n{_takes(entry)}"
     )
 
 
-def _optional(entry: Entry) -> tuple[str, str]:
+def _parameters_of(entry: Entry) -> Asked:
     lines = []
     for parameter in entry.parameters:
         if parameter.required:
@@ -287,24 +284,22 @@ def _optional(entry: Entry) -> tuple[str, str]:
             lines.append(f"- `{parameter.name}` takes all that remain.")
         else:
             lines.append(f"- `{parameter.name}` is optional, the default is `{parameter.default}`.")
-    question = f"Which parameters of `{entry.signature}` are optional?"
-    return question, f"The parameters of `{entry.signature}`:\n\n" + "\n".join(lines)
+    return (
+        f"Which parameters of `{entry.path}` are optional?",
+        f"List the parameters of `{entry.path}`.",
+    ), f"The parameters of `{entry.path}`:\n\n" + "\n".join(lines)
 
 
-def _import(entry: Entry) -> tuple[str, str]:
+def _import(entry: Entry) -> Asked:
     names = ", ".join(p.name for p in entry.parameters if p.required)
     return (
-        f"How do I use `{entry.name}` from `{entry.module}`?",
+        f"How do I import `{entry.path}`?",
+        f"Write code that uses `{entry.path}`.",
+    ), (
         f"Import `{entry.name}` from `{entry.module}` and call it:\n\n"
         f"```python\nfrom {entry.module} import {entry.name}\n\n"
-        f"result = {entry.name}({names})\n```",
+        f"result = {entry.name}({names})\n```"
     )
-
-
-def _place(entry: Entry) -> str:
-    if entry.kind == "method":
-        return f"`{entry.path}` is a method of the class `{entry.owner}`."
-    return f"`{entry.path}` is a {entry.kind} of the module `{entry.module}`."
 
 
 def _takes(entry: Entry) -> str:
@@ -319,9 +314,9 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _record(entry: Entry, kind: str, *turns: tuple[str, str]) -> Record:
+def _record(*turns: tuple[str, str]) -> Record:
     messages = []
-    draw = _draw(f"{entry.path} {kind} system")
+    draw = _draw(" ".join(question for question, _ in turns))
     if draw % 5 == 0:
         messages.append({"role": "system", "content": SYSTEM_MESSAGES[draw // 5 % 2]})
     for question, answer in turns:
@@ -330,8 +325,8 @@ def _record(entry: Entry, kind: str, *turns: tuple[str, str]) -> Record:
     return {"messages": messages}
 
 
-def _pick(entry: Entry, kind: str, *texts: str) -> str:
-    return texts[_draw(f"{entry.path} {kind}") % len(texts)]
+def _pick(entry: Entry, texts: Sequence[str]) -> str:
+    return texts[_draw(entry.path) % len(texts)]
 
 
 def _draw(text: str) -> int:
