@@ -2,8 +2,8 @@
 
 A checkpoint holds the train state (head, optimizer, step), the draft vocabulary, the number of
 batches read, and the configuration with the target's fingerprint. Orbax writes into a temporary
-folder and renames it, so a kill at any moment leaves the checkpoints before it whole. The layout does
-not depend on mesh, host count or any performance switch: a run may go on under others.
+folder and renames it, so a kill at any moment leaves the checkpoints before it whole. The layout
+does not depend on mesh, host count or any performance switch: a run may go on under others.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Checkpoints:
         batches_read: int,
         metrics: Mapping[str, Any] | None,
     ) -> None:
-        """Saves step `step`; metrics: the held-out metrics of these parameters, if there are any."""
+        """Saves step `step`; metrics: held-out metrics of these parameters, if there are any."""
         if step in self._manager.all_steps():
             return
         meta = {

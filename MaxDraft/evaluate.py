@@ -126,8 +126,8 @@ def table(result: dict[str, Any]) -> str:
         f"greedy ones; {len(result['unequal_prompts'])} of {result['prompts']} differ)",
         f"tokens per second  {speed['plain']:.1f} plain, {speed['speculative']:.1f} speculative: "
         f"speedup {result['speedup']:.2f}",
-        f"distinct 4-grams   {result['distinct_4gram_share']:.2f} of all in the replies (1: nothing "
-        f"repeats inside a reply)",
+        f"distinct 4-grams   {result['distinct_4gram_share']:.2f} of all in the replies "
+        f"(1: nothing repeats inside a reply)",
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from MaxDraft.targets.decoder import DecoderDims
 def per_token(
     target: DecoderDims, head: HeadDims, ttt_length: int, length: int
 ) -> dict[str, float]:
-    """FLOPs of each part for one token of a packed row of `length` tokens; their sum is the cost."""
+    """FLOPs of each part for one token of a packed row of `length` tokens."""
     H = target.hidden_size
     q, kv = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
     target_layer = 2 * (H * (q + 2 * kv) + q * H + 3 * H * target.intermediate_size)

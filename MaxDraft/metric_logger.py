@@ -1,4 +1,4 @@
-"""Where numbers go: a progress line on the terminal, metrics.jsonl and TensorBoard in the run's folder.
+"""Where numbers go: a progress line, and metrics.jsonl and TensorBoard in the run's folder.
 
 A line of metrics.jsonl is one record: {"step": ..., "split": "train" | "eval", ...}. Train records
 pool the steps since the record before (sums and counts are added, then divided). Tokens are real

@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts and when it is done, on the terminal and in its folder.
+"""What a run says of itself before it starts and when it is done, aloud and in its folder.
 
 config.yml        every key as it was resolved
 data.json         what was read, left out, packed and covered

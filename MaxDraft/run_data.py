@@ -1,4 +1,4 @@
-"""The data side of a run: conversations -> dataset, packed rows, draft vocabulary, batches, prompts.
+"""The data side of a run: conversations -> packed rows, draft vocabulary, batches, prompts.
 
 Reads the Config and hands plain values to input_pipeline, which knows neither it nor devices.
 """

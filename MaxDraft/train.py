@@ -1,6 +1,6 @@
 """Trains an EAGLE-3 draft head, measures it by real decoding and exports it.
 
-    python3 MaxDraft/train.py configs/base.yml                                   the embedded default
+    python3 MaxDraft/train.py configs/base.yml                      (the embedded default)
     python3 MaxDraft/train.py configs/base.yml model_name=qwen3-8b target_path=/models/Qwen3-8B \
         grain_train_files=sharegpt.jsonl base_output_directory=/runs run_name=q3
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     # ---------------------------------------------------- target, data, mesh, programs (no weights)
     run = wiring.open_run(pyconfig.initialize(argv), for_training=True)
 
-    # ---------------------------------------------------- newest checkpoint, else warm start or seed
+    # ---------------------------------------------------- newest checkpoint, warm start or seed
     restored = run.checkpoints.restore_latest(run.programs.abstract_state, say)
     if restored is not None:
         state, ids, batches_read = restored

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,6 +197,7 @@ def start_jax(config: Config) -> None:
             config.distributed_num_processes,
             config.distributed_process_id,
         )
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax says what is of no use to the user
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.jax_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))
@@ -203,7 +205,7 @@ def start_jax(config: Config) -> None:
 
 
 def make_run_directory(config: Config) -> None:
-    """Makes <run>, or raises: it cannot be written, or holds a run that this command differs from."""
+    """Makes <run>; ResumeError where it cannot be written or holds another run than this one."""
     folder = config.run_directory
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -329,6 +329,7 @@ def torch_total(problem, steps, alignment="serving", denominator="counted", deca
     """
     import torch
 
+    torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for each other
     params, head, teacher, d2t, batch = unpack(problem)
     f64 = torch.float64
     weight = {

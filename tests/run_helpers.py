@@ -17,7 +17,7 @@ from data_helpers import CHATML, make_tokenizer, many_records, write_lines
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 6, 4, 2, 8
+WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 7, 4, 2, 8
 
 # Programs compile fast this way; the same for every run that is compared with another.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -115,9 +115,7 @@ class Job:
 
     def start(self, script: str = "train.py", arguments: list[str] | None = None, **changes):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("M_")}
-        environment["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={self.devices} {FAST}"
-        )
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.devices} {FAST}"
         return subprocess.Popen(
             [
                 sys.executable,

@@ -1,8 +1,8 @@
 """The rollout trains exactly what serving does.
 
-Serving is played here with KV caches: prefill, draft k tokens, verify, accept some, go on. Every head
-evaluation of it has a row i and a step k; its logits must be those of the rollout at (i, k), which
-they are only if feature, token, rotary position and visible keys are all the same.
+Serving is played here with KV caches: prefill, draft k tokens, verify, accept some, go on. Every
+head evaluation of it has a row i and a step k; its logits must be those of the rollout at (i, k),
+which they are only if feature, token, rotary position and visible keys are all the same.
 """
 
 import functools
@@ -43,9 +43,7 @@ def _rollout_logits(target_params, head_params, tokens, steps):
     embeddings, features, _ = decoder.features(
         target_params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, block=8
     )
-    states = rollout(
-        head_params, HEAD, embeddings, features, positions, segments, steps, block=8
-    )
+    states = rollout(head_params, HEAD, embeddings, features, positions, segments, steps, block=8)
     return jnp.stack([eagle3.logits(head_params, HEAD, state)[0] for state in states])
 
 
@@ -102,7 +100,7 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
                 np.testing.assert_allclose(got, trained[k, row], rtol=1e-4, atol=1e-4)
         accepted = {"none": 0, "some": int(rng.integers(0, steps + 1)), "all": steps}[acceptance]
         accepted = min(accepted, end - row - 3)
-        # The drafted keys stay in the cache, as in serving: the verified rows are written over them.
+        # The drafted keys stay in the cache, as in serving, and are written over.
         state, cache, head_cache = read(row + 1, row + 1 + accepted, cache, chain_cache)
         row += 1 + accepted
 
@@ -112,7 +110,7 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
 
 
 def greedy_chain(target_params, head_params, committed, steps):
-    """The chain that serving drafts after `committed`, from whole-sequence passes without caches."""
+    """The chain that is drafted after `committed`, from whole-sequence passes without caches."""
     tokens = list(committed)
     for k in range(steps):
         # Pads past the end: causal attention never sees them, and shapes stay the same.
@@ -149,9 +147,15 @@ def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(p
         return jnp.argmax(decoder.logits(target_params, last)[0], -1)
 
     for prompt, length, tokens, count, verify_steps, accepted in zip(
-        prompts, lengths, reply.tokens, reply.length, reply.verify_steps, reply.accepted,
+        prompts,
+        lengths,
+        reply.tokens,
+        reply.length,
+        reply.verify_steps,
+        reply.accepted,
         strict=True,
     ):
+
         def best(text):
             padded = np.array(text + [0] * (64 - len(text)), np.int32)[None]
             return np.asarray(target_argmax(padded))

@@ -213,9 +213,7 @@ def test_an_exported_head_is_a_warm_start(whole, job):
     printed = job.run(load_parameters_path=exported, run_name="warm", steps=2)
     assert f"warm start from {exported}" in printed
     cold = json.loads((whole[0].run_folder / "metrics.jsonl").read_text().splitlines()[0])
-    warm = json.loads(
-        (job.folder / "runs" / "warm" / "metrics.jsonl").read_text().splitlines()[0]
-    )
+    warm = json.loads((job.folder / "runs" / "warm" / "metrics.jsonl").read_text().splitlines()[0])
     assert warm["loss"] < cold["loss"]
 
 

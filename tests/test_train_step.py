@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation, denominators, the optimizer, and what a bad step leaves alone."""
+"""One optimizer step: accumulation, denominators, the update, and what a bad step leaves alone."""
 
 import math
 from pathlib import Path
@@ -68,9 +68,7 @@ def rows(count=4):
 
 
 def split(batch, micro_batches):
-    return {
-        name: jnp.asarray(x.reshape(micro_batches, -1, LENGTH)) for name, x in batch.items()
-    }
+    return {name: jnp.asarray(x.reshape(micro_batches, -1, LENGTH)) for name, x in batch.items()}
 
 
 def close(a, b, tolerance=1e-5):
@@ -95,9 +93,7 @@ def test_accumulation_changes_nothing_because_counts_are_pooled_before_dividing(
 def test_a_padded_row_more_changes_neither_loss_nor_metrics():
     built = programs(config())
     batch = rows()
-    padded = {
-        name: np.concatenate([x, np.zeros_like(x[:1])]) for name, x in batch.items()
-    }
+    padded = {name: np.concatenate([x, np.zeros_like(x[:1])]) for name, x in batch.items()}
     one = built.train(built.initialize(random_head(HEAD)), frozen(), split(batch, 1))[1]
     two = built.train(built.initialize(random_head(HEAD)), frozen(), split(padded, 1))[1]
     close(two, one)
@@ -129,13 +125,17 @@ def test_the_update_is_adamw_behind_a_global_norm_clip():
     gradient = jax.device_get(
         next(part.mu for part in jax.tree.leaves(moments, is_leaf=lambda x: hasattr(x, "mu")))
     )
-    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(gradient)))
+    norm = math.sqrt(
+        sum(float((g.astype(np.float64) ** 2).sum()) for g in jax.tree.leaves(gradient))
+    )
     assert norm > 0.01
 
     state, result = built.train(built.initialize(random_head(HEAD)), frozen(), batch)
     assert float(result["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
     for new, old, g in zip(
-        jax.tree.leaves(state.params), jax.tree.leaves(before), jax.tree.leaves(gradient),
+        jax.tree.leaves(state.params),
+        jax.tree.leaves(before),
+        jax.tree.leaves(gradient),
         strict=True,
     ):
         g = g.astype(np.float64) * 0.01 / norm

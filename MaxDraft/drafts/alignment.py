@@ -1,8 +1,8 @@
 """Which rows of the rollout train: those that serving really drafts from.
 
 Serving's first draft for a reply x[s..e-1] stands at row s-1: the feature of the last prompt token
-and the embedding of the first generated token x[s]; it drafts x[s+1]. So row i counts at step k when
-x[i+1], ..., x[i+2+k] are all assistant tokens of one turn, in row i's document.
+and the embedding of the first generated token x[s]; it drafts x[s+1]. So row i counts at step k
+when x[i+1], ..., x[i+2+k] are all assistant tokens of one turn, in row i's document.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     loss_k(row) = - sum_v p_v log q_v
     total = sum_k decay^k * (sum of loss_k over its counted rows) / (their number)
 
-Row i of step k is judged by the teacher at position i+1+k. The work is therefore laid out by teacher
-position: a block of positions computes its teacher once and judges the K states that look at it.
+Row i of step k is judged by the teacher at position i+1+k. The work is therefore laid out by
+teacher position: a block of positions computes its teacher once and judges the K states that look
+at it.
 Nothing of size [T, V] or [T, D] is kept: the backward pass recomputes each block.
 """
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from MaxDraft.drafts.losses import RowResults
 
-
 SUMS = (
     "loss_sum",
     "counted_rows",

@@ -53,7 +53,7 @@ def rollout(
         if k == 0:
             shared = (key, value)
         else:
-            own = own + ((key, value),)
+            own = (*own, (key, value))
         attended = packed_attention(q, *shared, segment_ids, block, *_stacked(own))
         return eagle3.finish(params, dims, state, attended), shared, own
 

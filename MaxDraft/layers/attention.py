@@ -6,7 +6,8 @@ Training needs one shape only (the rollout of drafts/rollout.py, and with J = 0 
 row i attends under ONE softmax to
     the shared keys j <= i of its own document, and
     its own J keys (one for each earlier step of the rollout).
-Scores exist for one block of queries at a time, [B, N, block, T]; the backward pass recomputes them.
+Scores exist for one block of queries at a time, [B, N, block, T], and the backward pass makes them
+again.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def features(
     dtype: Any,
     block: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Packed documents -> token embeddings [B, T, H], features [B, T, 3H], final state [B, T, H]."""
+    """Packed documents -> embeddings [B, T, H], features [B, T, 3H], final state [B, T, H]."""
 
     def attend(q, k, v, _):
         return packed_attention(q, k, v, segment_ids, block), None
