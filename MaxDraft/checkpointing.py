@@ -8,7 +8,6 @@ does not depend on mesh, host count or any performance switch: a run may go on u
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +28,9 @@ MAY_CHANGE = {
     "attention_block_size",
     "vocab_block_size",
     "base_output_directory",
-    "target_path",
+    "target_path",  # where target and data lie; what they hold is in the checkpoint's identity
+    "grain_train_files",
+    "grain_eval_files",
     "tokenizer_path",
     "trust_remote_code",
     "max_skipped_fraction",
@@ -129,22 +130,20 @@ class Checkpoints:
                 ),
                 metrics=metrics,
             )
-        except OSError as error:
-            raise self._explained(step, error) from error
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError
+            raise self._explained(error) from error
 
     def wait(self) -> None:
         """Returns when every save has reached the disk; raises what went wrong while writing."""
         try:
             self._manager.wait_until_finished()
-        except OSError as error:
-            raise self._explained(self._manager.latest_step(), error) from error
+        except (OSError, ValueError) as error:
+            raise self._explained(error) from error
 
-    def _explained(self, step: int | None, error: OSError) -> ResumeError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    def _explained(self, error: Exception) -> ResumeError:
         return ResumeError(
-            f"checkpoint {step} could not be written to {self._folder}: "
-            f"{'the disk is full' if full else error}; the checkpoints before it are whole. "
-            f"Make room and give the same command again"
+            f"a checkpoint could not be written to {self._folder} ({_first_line(error)}); those "
+            f"that are there are whole. Make room and give the same command again"
         )
 
     def restore_latest(

@@ -123,7 +123,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"  temperature {sampled['temperature']:<4g} {sampled['accept_length']:.2f}")
     lines += [
         f"lossless           {str(result['lossless']).lower()}  (greedy replies equal to plain "
-        f"greedy ones; {len(result['unequal_prompts'])} of {result['prompts']} differ)",
+        f"greedy ones; {len(result['unequal_replies'])} of {result['prompts']} differ)",
         f"tokens per second  {speed['plain']:.1f} plain, {speed['speculative']:.1f} speculative: "
         f"speedup {result['speedup']:.2f}",
         f"distinct 4-grams   {result['distinct_4gram_share']:.2f} of all in the replies "

@@ -73,7 +73,6 @@ def train(
     A step's numbers are fetched while the next one runs, so the device never waits for the host.
     """
     config, programs, last = run.config, run.programs, run.total_steps
-    stop = StopSignal()
     logger = MetricLogger(
         config.run_directory,
         metrics_file=config.metrics_file,
@@ -90,6 +89,7 @@ def train(
         write=jax.process_index() == 0,
     )
     batches = run.train_batches(batches_read)
+    stop = StopSignal()
     in_flight = []
 
     def settle() -> None:
@@ -129,6 +129,7 @@ def train(
             logger.restart_clock()
         if stopping:
             break
+    stop.restore()
     logger.close()
     run.checkpoints.wait()
     return state
@@ -139,13 +140,17 @@ class StopSignal:
 
     def __init__(self):
         self._asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, _frame) -> None:
         self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+        self.restore()
         say(f"{signal.Signals(number).name}: saving after this step")
+
+    def restore(self) -> None:
+        """From here on a signal does what it did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def requested(self) -> bool:
         """Whether to stop; on several processes, whether any of them was asked to."""

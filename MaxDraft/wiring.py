@@ -8,6 +8,7 @@ run_main    an entry script's main, its mistakes told in plain words
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -64,13 +65,21 @@ USER_ERRORS = (
 )
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def run_main(main: Callable[[Sequence[str]], int]) -> None:
     """Runs an entry script's main(argv) and exits with its status."""
     try:
         sys.exit(main(sys.argv))
     except USER_ERRORS as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = f"{error}; the checkpoints are whole. Make room and give the same command again"
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +156,8 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
     those it was trained with.
     """
     start_jax(config)
-    make_run_directory(config)
     config = with_embedded_target(config)
+    make_run_directory(config)
     target = open_target(config)
     mesh = sharding.make_mesh(
         config.mesh_axes,
@@ -197,7 +206,7 @@ def start_jax(config: Config) -> None:
             config.distributed_num_processes,
             config.distributed_process_id,
         )
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax says what is of no use to the user
+    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs is raised too, and told
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.jax_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))

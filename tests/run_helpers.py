@@ -165,9 +165,11 @@ class Job:
         """Everything that training changes, by path, from a checkpoint."""
         found = {}
         for item in ("params", "optimizer"):
-            tree = ocp.StandardCheckpointer().restore(
-                self.run_folder / "checkpoints" / str(step) / item
-            )
+            folder = self.run_folder / "checkpoints" / str(step) / item
+            reader = ocp.PyTreeCheckpointer()
+            shapes = reader.metadata(folder).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            tree = reader.restore(folder, restore_args=as_numpy)
             for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
                 found[item + jax.tree_util.keystr(path)] = np.asarray(value)
         return found

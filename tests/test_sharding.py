@@ -101,6 +101,7 @@ def on_one_device():
     return jax.tree.map(np.asarray, (total, rows, gradient))
 
 
+@pytest.mark.slow
 @needs_eight
 @pytest.mark.parametrize("layout", ["replicated", "fsdp", "tensor"])
 def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):

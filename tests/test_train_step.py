@@ -178,6 +178,17 @@ def test_training_on_one_batch_lowers_its_loss():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_step_is_compiled_once(devices):
+    built = programs(config(), devices)
+    batch = {name: np.concatenate([x, x]) for name, x in rows().items()}
+    batch = jax.device_put(split(batch, 1), built.batch_sharding)
+    state, weights = built.initialize(None), frozen()
+    for _ in range(3):
+        state, _ = built.train(state, weights, batch)
+    assert built.train._cache_size() == 1
+
+
 def test_evaluation_pools_the_same_sums_as_the_training_step():
     built = programs(config())
     head = random_head(HEAD)

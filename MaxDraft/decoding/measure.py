@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from MaxDraft.decoding.generate import Reply, TargetModel, decode_plain
 from MaxDraft.decoding.speculative import DraftModel, decode_speculative
 from MaxDraft.layers.params import Tree
+from MaxDraft.targets import decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +93,17 @@ def measure(
         untrained_params,
         draft_to_target,
     )
-    unequal = [i for i, reply in enumerate(greedy.replies) if reply != drafted.replies[i]]
+    unequal = [
+        _first_difference(target, target_params, i, prompts[i], reply, drafted.replies[i])
+        for i, reply in enumerate(greedy.replies)
+        if reply != drafted.replies[i]
+    ]
     result = {
         "accept_length": drafted.accept_length,
         "accept_length_untrained": untrained.accept_length,
         "accepted_by_draft_step": (drafted.accepted / max(drafted.verify_steps, 1)).tolist(),
         "lossless": not unequal,
-        "unequal_prompts": unequal,
+        "unequal_replies": unequal,
         "tokens_per_second": {
             "plain": greedy.tokens_per_second,
             "speculative": drafted.tokens_per_second,
@@ -131,6 +137,32 @@ def distinct_ngram_share(replies: Sequence[Sequence[int]], n: int) -> float:
         grams = [tuple(reply[i : i + n]) for i in range(len(reply) - n + 1)]
         distinct, total = distinct + len(set(grams)), total + len(grams)
     return distinct / total if total else 1.0
+
+
+def _first_difference(
+    target: TargetModel,
+    params: Tree,
+    number: int,
+    prompt: Sequence[int],
+    plain: Sequence[int],
+    drafted: Sequence[int],
+) -> dict[str, Any]:
+    """Where two greedy replies part, and by how much the target prefers the plain one's token.
+
+    A gap of the size of a rounding error is a tie that the wider verify pass rounded the other way;
+    a larger one would be a mistake in the decoding.
+    """
+    together = zip(plain, drafted, strict=False)
+    at = next((i for i, (a, b) in enumerate(together) if a != b), min(len(plain), len(drafted)))
+    difference = {"prompt": number, "token": at}
+    if at < min(len(plain), len(drafted)):
+        text = jnp.asarray([*prompt, *plain[:at]], jnp.int32)[None]
+        cache = target.empty_cache(1, text.shape[1])
+        slots = jnp.arange(text.shape[1])[None]
+        _, last, _ = jax.jit(target.extend)(params, cache, text, slots)
+        logits = decoder.logits(params, last[0, -1])
+        difference["logit_gap"] = float(logits[plain[at]] - logits[drafted[at]])
+    return difference
 
 
 def _run(

@@ -27,9 +27,10 @@ def aligned_rows(
 def serving_rows(turn_ids: jax.Array, segment_ids: jax.Array, k: int) -> jax.Array:
     """bool [B, T]: x[i+1] .. x[i+2+k] are one assistant turn of row i's document."""
     first = shift_left(turn_ids, 1)
-    aligned = (first > 0) & (shift_left(segment_ids, 1) == segment_ids)
-    for ahead in range(2, k + 3):
+    aligned = first > 0
+    for ahead in range(1, k + 3):
         aligned &= shift_left(turn_ids, ahead) == first
+        aligned &= shift_left(segment_ids, ahead) == segment_ids
     return aligned
 
 
@@ -38,4 +39,5 @@ def specforge_rows(turn_ids: jax.Array, segment_ids: jax.Array, k: int) -> jax.A
 
     A row whose teacher would stand in another document never counts.
     """
-    return (shift_left(turn_ids, k) > 0) & (shift_left(segment_ids, 1 + k) == segment_ids)
+    same_document = (segment_ids > 0) & (shift_left(segment_ids, 1 + k) == segment_ids)
+    return same_document & (shift_left(turn_ids, k) > 0)

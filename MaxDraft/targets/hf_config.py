@@ -26,7 +26,12 @@ def head_dim(config: Mapping[str, Any]) -> int:
     """`head_dim` where the file has it, else hidden_size / num_attention_heads."""
     if config.get("head_dim"):
         return config["head_dim"]
-    return field(config, "hidden_size") // field(config, "num_attention_heads")
+    size, rest = divmod(field(config, "hidden_size"), field(config, "num_attention_heads"))
+    if rest:
+        raise TargetError(
+            "config.json has no head_dim, and hidden_size is not a multiple of num_attention_heads"
+        )
+    return size
 
 
 def require_silu(config: Mapping[str, Any]) -> None:
@@ -52,8 +57,14 @@ def rope(config: Mapping[str, Any]) -> Rope:
     new = dict(config.get("rope_parameters") or {})
     for scaling in (old, new):
         if "type" in scaling:  # the spelling before rope_type
-            scaling.setdefault("rope_type", scaling["type"])
+            if scaling.setdefault("rope_type", scaling["type"]) != scaling["type"]:
+                raise TargetError(
+                    f"config.json contradicts itself: rope type '{scaling['type']}' and rope_type "
+                    f"'{scaling['rope_type']}'"
+                )
             del scaling["type"]
+        if scaling.keys() - {"rope_theta", "rope_type", "partial_rotary_factor"}:
+            _scaling_field(scaling, "rope_type")
     differing = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     if differing:
         raise TargetError(
@@ -98,7 +109,7 @@ def _with_scaling(scaling: Mapping[str, Any], size: int, config: Mapping[str, An
 
 def _scaling_field(scaling: Mapping[str, Any], name: str) -> Any:
     if scaling.get(name) is None:
-        raise TargetError(f"rope scaling '{scaling['rope_type']}' needs the field '{name}'")
+        raise TargetError(f"config.json: the rope scaling {dict(scaling)} has no field '{name}'")
     return scaling[name]
 
 

@@ -24,6 +24,10 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"  # eos
 SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END)  # their ids are 0, 1, 2
 
+# No token crosses a word's end. An identifier is one word, underscores and all, so that a name
+# becomes one or two tokens: a small model can look it up, and repeat it.
+WORDS = r" ?[A-Za-z_][A-Za-z0-9_]*| ?[0-9]+| ?[^\sA-Za-z0-9_]+|\s+"
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -45,7 +49,12 @@ class Encoded:
 def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """BPE over bytes: any text round-trips. The same texts give the same tokenizer."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

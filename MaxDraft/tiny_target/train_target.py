@@ -29,7 +29,7 @@ Batch = dict[str, np.ndarray]  # tokens, positions, segment_ids int32 and weight
 
 PACKING_WINDOW = 64  # conversations looked through for one that fills a row
 EMBEDDING_SCALE = 0.5  # standard deviation of an embedding's entries
-HEAD_SCALE = 0.25  # the first predictions are nearly uniform
+HEAD_SCALE = 0.5  # first logits of unrelated tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +90,23 @@ def train(dims: DecoderDims, data: Sequence[Encoded], how: Training, log: Log) -
 
 
 def _initialize(dims: DecoderDims, seed: int) -> Tree:
-    """Initial parameters under which a residual stream starts as its token's embedding."""
+    """Initial parameters under which a short training learns to repeat what it has read.
+
+    The residual stream starts as its token's embedding, and the LM head as the embedding's
+    transpose: a copied embedding already points at its own token, also where the token is rare.
+    """
     params = parameters.initialize(table_of(dims), seed)
     layers = dict(params["layers"][0])
     branch = (2 * dims.num_layers) ** -0.5  # two branches a layer add up along the stream
     layers["o"] = layers["o"] * branch
     layers["mlp"] = {**layers["mlp"], "down": layers["mlp"]["down"] * branch}
-    embed = params["embed"] * (EMBEDDING_SCALE * dims.vocab_size**0.5)
-    return {**params, "embed": embed, "layers": (layers,), "head": params["head"] * HEAD_SCALE}
+    unit = params["embed"] * dims.vocab_size**0.5  # entries of standard deviation 1
+    return {
+        **params,
+        "embed": EMBEDDING_SCALE * unit,
+        "layers": (layers,),
+        "head": (HEAD_SCALE * dims.hidden_size**-0.5) * unit.T,
+    }
 
 
 def _optimizer(how: Training) -> optax.GradientTransformation:
