@@ -60,7 +60,7 @@ class Recipe:
     num_layers: int = 8  # the fewest for which [1, n//2 - 1, n - 4] leaves every layer its own part
     num_heads: int = 4
     num_kv_heads: int = 2
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     max_position_embeddings: int = 512
     conversations: int = -1  # that are kept; -1: all
     training: Training = dataclasses.field(default_factory=Training)

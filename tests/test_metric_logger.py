@@ -1,0 +1,73 @@
+"""Progress lines and metrics.jsonl: pooled, and never twice for one step."""
+
+import json
+
+import numpy as np
+import pytest
+
+from MaxDraft.metric_logger import MetricLogger
+
+
+def step(tokens, correct, aligned):
+    one = np.ones(2, np.float32)
+    return {
+        "loss_sum": 3 * one,
+        "counted_rows": 2 * one,
+        "aligned_rows": aligned * one,
+        "correct_rows": correct * one,
+        "reached_rows": aligned * one,
+        "reached_correct_rows": correct * one,
+        "alpha_sum": one,
+        "tokens": tokens,
+        "learning_rate": 0.1,
+        "gradient_norm": 1.0,
+    }
+
+
+def logger(folder, start_step=0):
+    return MetricLogger(
+        folder,
+        metrics_file="metrics.jsonl",
+        tensorboard=True,
+        decay=0.5,
+        start_step=start_step,
+        total_steps=10,
+        flops_per_token=1e9,
+        num_devices=4,
+        write=True,
+    )
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_record_pools_the_rows_of_its_steps_before_dividing(tmp_path, capsys):
+    log = logger(tmp_path)
+    log.train_step(1, step(100, correct=1, aligned=1))
+    log.train_step(2, step(300, correct=0, aligned=9))
+    log.close()
+    (found,) = records(tmp_path)
+    assert found["step"] == 2
+    assert found["acc"] == [0.1, 0.1]  # 1 of 10 rows, not the mean of 1 and 0
+    assert found["loss"] == pytest.approx(1.5 + 0.5 * 1.5)
+    rate = found["tokens_per_second_per_device"]
+    assert rate == pytest.approx(400 / 4 / (2 * found["seconds_per_step"]))
+    assert found["tflops_per_second_per_device"] == pytest.approx(rate * 1e9 / 1e12)
+    line = capsys.readouterr().out
+    assert line.startswith("step 2/10  loss 2.2500  acc_0..1 0.100 0.100  sim_accept_length 1.11")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_forgets_the_records_after_its_checkpoint_and_a_half_written_line(tmp_path):
+    log = logger(tmp_path)
+    for number in (1, 2, 3):
+        log.train_step(number, step(1, 1, 1))
+        log.flush()
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "spl')
+    log = logger(tmp_path, start_step=2)
+    log.train_step(3, step(1, 1, 1))
+    log.close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
