@@ -227,6 +227,8 @@ def test_two_processes_take_the_same_steps_as_one(whole, job):
         "per_device_batch_size": 4,
         "distributed_coordinator": f"127.0.0.1:{port}",
         "distributed_num_processes": 2,
+        "decode_num_prompts": 1,  # every token is many small exchanges between the two
+        "decode_max_new_tokens": 2,
     }
     processes = [job.start(distributed_process_id=i, **half) for i in range(2)]
     printed = [process.communicate()[0] for process in processes]

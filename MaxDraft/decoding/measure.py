@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,6 +111,9 @@ def measure(
         },
         "speedup": drafted.tokens_per_second / greedy.tokens_per_second,
         "distinct_4gram_share": distinct_ngram_share(greedy.replies, 4),
+        "distinct_4gram_share_of_all_replies": distinct_ngram_share(
+            [list(itertools.chain(*greedy.replies))], 4
+        ),
         "prompts": len(prompts),
         "reply_tokens": sum(len(reply) for reply in greedy.replies),
         "verify_steps": drafted.verify_steps,

@@ -83,8 +83,8 @@ def train(dims: DecoderDims, data: Sequence[Encoded], how: Training, log: Log) -
                 continue
             left = (now - compiled) / (number - 1) * (how.steps - number)
             log(
-                f"target: step {number}/{how.steps}, loss {mean:.3f} per answer token, "
-                f"about {left:.0f} s left"
+                f"target: step {number}/{how.steps}, loss {mean:.3f} nats per token (a prompt's "
+                f"counts {how.prompt_weight:g}), about {left:.0f} s left"
             )
     return params
 
