@@ -126,8 +126,8 @@ def table(result: dict[str, Any]) -> str:
         f"greedy ones; {len(result['unequal_replies'])} of {result['prompts']} differ)",
         f"tokens per second  {speed['plain']:.1f} plain, {speed['speculative']:.1f} speculative: "
         f"speedup {result['speedup']:.2f}",
-        f"distinct 4-grams   {result['distinct_4gram_share']:.2f} of a reply's own (1: nothing in it "
-        f"repeats), {result['distinct_4gram_share_of_all_replies']:.2f} of all replies'",
+        f"distinct 4-grams   {result['distinct_4gram_share']:.2f} within replies (1: none repeats "
+        f"itself), {result['distinct_4gram_share_of_all_replies']:.2f} over all replies together",
     ]
     return "\n".join(lines)
 

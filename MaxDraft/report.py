@@ -72,10 +72,10 @@ def finish(run: Run, result: dict[str, Any], export: Path) -> None:
         f"  export      {export}",
         f"  evaluation  {config.run_directory / 'evaluation.json'}",
         "Next:",
-        f"  python3 MaxDraft/evaluate.py configs/base.yml run_name={config.run_name} "
+        f"  .venv/bin/python3 MaxDraft/evaluate.py configs/base.yml run_name={config.run_name} "
         f"base_output_directory={config.base_output_directory} decode_draft_steps=5",
-        "  python3 MaxDraft/train.py configs/base.yml model_name=llama3.1-8b target_path=FOLDER "
-        "grain_train_files=FILE.jsonl",
+        "  .venv/bin/python3 MaxDraft/train.py configs/base.yml model_name=llama3.1-8b "
+        "target_path=FOLDER grain_train_files=FILE.jsonl",
     ]
     text = "\n".join(lines)
     say(f"\n{text}")
