@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     state = train(run, frozen, state, vocabulary.draft_to_target, batches_read)
     step = int(state.step)
     if step < run.total_steps:
-        say(f"stopped after step {step} of {run.total_steps}, all saved: the same command goes on")
+        saved = "all saved" if run.config.enable_checkpointing else "with nothing saved"
+        say(f"stopped after step {step} of {run.total_steps}, {saved}: the same command goes on")
         return STOPPED
 
     # ---------------------------------------------------- is it any good, and how to serve it

@@ -306,7 +306,7 @@ IMPOSSIBLE = {
     "num_epoch=0": "num_epoch must be at least 1",
     "ttt_length=0": "ttt_length must be at least 1",
     "ttt_loss_decay=1.5": "ttt_loss_decay must be above 0 and at most 1",
-    "max_target_length=8": "max_target_length=8 leaves no position",
+    "max_target_length=8 ttt_length=7": "max_target_length=8 leaves no position",
     "warmup_steps_fraction=1": "warmup_steps_fraction must be at least 0 and below 1",
     "adam_b1=1": "adam_b1 must be",
     "adam_b2=-0.1": "adam_b2 must be",
@@ -427,7 +427,7 @@ def test_a_missing_attribute_offers_the_nearest():
 
 
 def test_the_repr_shows_every_value():
-    assert "  learning_rate=0.0001,\n" in repr(init())
+    assert "  learning_rate=0.0001,\n" in repr(init("learning_rate=1e-4"))
 
 
 def test_folders_are_absolute_and_empty_ones_have_their_defaults(tmp_path, target, monkeypatch):
@@ -503,7 +503,7 @@ def test_from_run_stands_between_model_file_and_environment(run, monkeypatch):
 
 
 def test_without_from_run_a_saved_configuration_is_not_read(run):
-    assert init(*where(run)).ttt_length == 7
+    assert init(*where(run)).model_name == "tiny" != run.model_name
 
 
 def test_a_moved_run_is_found_where_it_is(run, tmp_path):
@@ -529,7 +529,7 @@ def test_from_run_refuses_another_model(run):
 
 
 def test_differences_name_key_and_both_values():
-    old = init("learning_rate=1e-4", "ttt_length=3").as_dict()
+    old = init("learning_rate=1e-4", "ttt_length=3", "steps=-1").as_dict()
     new = init("learning_rate=3e-4", "ttt_length=4", "steps=9").as_dict()
     lines = pyconfig.differences(old, new, ignore={"ttt_length"})
     assert sorted(lines) == [
