@@ -5,6 +5,7 @@ less than half the time. All this must be said before jax is imported; what the 
 """
 
 import os
+import shutil
 
 WANTED = (
     "--xla_force_host_platform_device_count=8",
@@ -18,5 +19,27 @@ os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 24 steps that nothing disturbed, and what it printed."""
+    from run_helpers import Job
+
+    job = Job(tmp_path_factory.mktemp("whole"))
+    return job, job.run()
+
+
+@pytest.fixture
+def job(whole, tmp_path):
+    """A fresh job on the same target and data, with the programs compiled before."""
+    from run_helpers import Job
+
+    for name in ("target", "data.jsonl", "jax-cache"):
+        source = whole[0].folder / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / name)
+    return Job(tmp_path)

@@ -10,7 +10,6 @@ import signal
 
 import numpy as np
 import pytest
-from run_fixtures import job, whole  # noqa: F401
 from run_helpers import Job, assert_same_bits, write_target
 
 pytestmark = pytest.mark.slow

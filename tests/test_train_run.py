@@ -1,11 +1,11 @@
 """Whole runs in processes of their own: what is written, and how mistakes are told."""
 
 import json
+import signal
 import socket
 
 import numpy as np
 import pytest
-from run_fixtures import job, whole  # noqa: F401
 from run_helpers import assert_same_bits
 from safetensors.numpy import load_file, save_file
 
