@@ -8,7 +8,8 @@ does not depend on mesh, host count or any performance switch: a run may go on u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ MAY_CHANGE = {
     "attention_block_size",
     "vocab_block_size",
     "base_output_directory",
+    "run_name",
     "target_path",  # where target and data lie; what they hold is in the checkpoint's identity
     "grain_train_files",
     "grain_eval_files",
@@ -69,17 +71,38 @@ def may_change(key: str) -> bool:
 class Checkpoints:
     """The checkpoints of one run, under <run>/checkpoints.
 
-    identity: what else must be the same to resume, by name: the target's fingerprint, the global
-    batch size, the number of steps, ... as JSON values.
+    log: told of damaged checkpoints. read_only: leaves the folder as it is, also what a training
+    process is writing into it at this moment.
     """
 
-    def __init__(self, config: Config, identity: Mapping[str, Any] | None = None):
-        self._config = config
-        self._identity = dict(identity or {})
+    def __init__(self, config: Config, log: Callable[[str], None], read_only: bool = False):
+        self._config, self._log, self._read_only = config, log, read_only
+        self._identity: dict[str, Any] = {}
         self._folder = config.run_directory / "checkpoints"
         self._manager = self._open()
 
+    def expect(self, identity: Mapping[str, Any]) -> None:
+        """What must be the same to resume besides the configuration, by name, as JSON values.
+
+        The target's fingerprint, the rows of a step, the number of steps, ...
+        """
+        self._identity = dict(identity)
+
     def _open(self) -> ocp.CheckpointManager:
+        # Orbax reads the metrics of every checkpoint when it opens the folder, and one that a full
+        # disk or a dying machine cut short would keep it from opening at all.
+        for path in self._folder.glob("*/metrics/metrics"):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                step = path.parent.parent.name
+                if self._read_only:
+                    raise ResumeError(
+                        f"checkpoint {step} is damaged ({path}: {_first_line(error)}); move "
+                        f"{path.parent.parent} out of the way"
+                    ) from error
+                self._log(f"checkpoint {step} is damaged (metrics: {_first_line(error)})")
+                self._move_aside(step)
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(n=self._config.max_num_checkpoints_to_keep),
@@ -98,7 +121,8 @@ class Checkpoints:
                 best_fn=_held_out_loss,  # without it the metrics are not written
                 best_mode="min",
                 enable_async_checkpointing=self._config.async_checkpointing,
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not self._read_only,
+                read_only=self._read_only,
             ),
             item_names=("params", "optimizer", "vocabulary", "meta"),
         )
@@ -147,7 +171,7 @@ class Checkpoints:
         )
 
     def restore_latest(
-        self, abstract_state: TrainState, log: Callable[[str], None]
+        self, abstract_state: TrainState
     ) -> tuple[TrainState, np.ndarray, int] | None:
         """-> (state, draft_to_target, batches read) of the newest readable checkpoint, or None.
 
@@ -163,10 +187,12 @@ class Checkpoints:
             except ResumeError:
                 raise
             except Exception as error:  # damage surfaces as whatever the reader stumbles over
-                log(f"checkpoint {step} is damaged ({_first_line(error)}); trying the one before")
+                self._log(
+                    f"checkpoint {step} is damaged ({_first_line(error)}); trying the one before"
+                )
                 continue
             for damaged in (other for other in steps if other > step):
-                self._set_aside(damaged, log)
+                self._set_aside(damaged)
             return restored[0], restored[1], meta["batches_read"]
         if steps:
             raise ResumeError(
@@ -175,21 +201,37 @@ class Checkpoints:
             )
         return None
 
-    def identity(self) -> dict[str, Any]:
-        """What the newest checkpoint was saved with as `identity`."""
-        step = self._manager.latest_step()
-        if step is None:
-            raise ResumeError(f"no checkpoint in {self._folder}; run train.py first")
-        return self._meta(step)["identity"]
+    def identity(self) -> dict[str, Any] | None:
+        """What the newest readable checkpoint was saved with as identity; None: there is none."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        found = self._first_readable(steps, self._meta)
+        return found["identity"] if found else None
 
     def restore_params(self, which: str, abstract_params: Tree) -> tuple[int, Tree, np.ndarray]:
-        """-> (step, head, draft_to_target) of the "best" or the "latest" checkpoint."""
-        step = self._manager.latest_step()
-        if step is None:
-            raise ResumeError(f"no checkpoint in {self._folder}; run train.py first")
-        if which == "best":
-            best = self._manager.best_step()
-            step = best if best is not None else step  # none was evaluated
+        """-> (step, head, draft_to_target) of the "best" or the "latest" checkpoint.
+
+        Where that one is damaged: of the newest that is not, aloud.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        best = self._manager.best_step() if which == "best" else None
+        if best is not None:  # None: no checkpoint was evaluated
+            steps = [best, *(step for step in steps if step != best)]
+        found = self._first_readable(steps, lambda step: self._head(step, abstract_params))
+        if found is None:
+            raise ResumeError(
+                f"no {'readable ' if steps else ''}checkpoint in {self._folder}; run train.py first"
+            )
+        return found
+
+    def _first_readable(self, steps: Sequence[int], read: Callable[[int], Any]) -> Any | None:
+        for step in steps:
+            try:
+                return read(step)
+            except Exception as error:  # damage surfaces as whatever the reader stumbles over
+                self._log(f"checkpoint {step} is damaged ({_first_line(error)}); trying another")
+        return None
+
+    def _head(self, step: int, abstract_params: Tree) -> tuple[int, Tree, np.ndarray]:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -232,17 +274,20 @@ class Checkpoints:
                 + "\nGive it another run_name, or the values it was started with"
             )
 
-    def _set_aside(self, step: int, log: Callable[[str], None]) -> None:
-        aside = self._folder.parent / f"damaged-checkpoint-{step}"
+    def _set_aside(self, step: int) -> None:
         self._manager.close()
+        self._move_aside(str(step))
+        self._manager = self._open()
+
+    def _move_aside(self, step: str) -> None:
+        aside = self._folder.parent / f"damaged-checkpoint-{step}"
         if jax.process_index() == 0:
             while aside.exists():
                 aside = aside.with_name(aside.name + "-again")
-            (self._folder / str(step)).rename(aside)
+            (self._folder / step).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
-        log(f"checkpoint {step} was moved to {aside}")
-        self._manager = self._open()
+        self._log(f"checkpoint {step} was moved to {aside}")
 
 
 def _held_out_loss(metrics: Mapping[str, Any]) -> float:

@@ -56,6 +56,12 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 # The one model that makes its own target and data.
 SELF_CONTAINED_MODEL = "tiny"
 
+# The names of dimensions in the parameter tables and in `constrain`.
+LOGICAL_AXES = (
+    *(f"target_{name}" for name in ("batch", "embed", "heads", "kv_heads", "mlp", "vocab")),
+    *(f"draft_{name}" for name in ("batch", "embed", "heads", "kv_heads", "mlp", "vocab")),
+)
+
 
 def impossible_combinations(values: Values) -> list[str]:
     """Everything that is wrong with `values`, one line each; empty where they can be run."""
@@ -118,6 +124,8 @@ def _rollout(v: Values) -> Iterator[str]:
 
 
 def _draft(v: Values) -> Iterator[str]:
+    if v["draft_head_dim"] % 2:
+        yield f"draft_head_dim={v['draft_head_dim']} must be even: the rotary embedding turns pairs"
     heads, groups = v["draft_num_attention_heads"], v["draft_num_key_value_heads"]
     if heads > 0 and groups > 0 and heads % groups:
         yield (
@@ -149,10 +157,21 @@ def _axes(v: Values) -> list[str]:
 
 def _rules(v: Values) -> Iterator[str]:
     seen = set()
+    draft_batch = dict(v["logical_axis_rules"]).get("draft_batch", ())
+    if sorted(draft_batch) != sorted(_axes(v)):
+        yield (
+            f"logical_axis_rules: draft_batch must be split over every mesh axis, "
+            f"{', '.join(_axes(v))}; not {list(draft_batch)}"
+        )
     for logical, mesh_axes in v["logical_axis_rules"]:
         if logical in seen:
             yield f"logical_axis_rules: {logical} has two rules; keep one"
         seen.add(logical)
+        if logical not in LOGICAL_AXES:
+            yield (
+                f"logical_axis_rules: no parameter or activation has the axis {logical!r}"
+                f"{nearest(logical, LOGICAL_AXES)}"
+            )
         for axis in dict.fromkeys(mesh_axes):
             if axis not in _axes(v):
                 yield (
@@ -200,9 +219,8 @@ def _data(v: Values) -> Iterator[str]:
             f"target_path: there is no config.json in {v['target_path']!r}; give the folder that "
             f"the model was downloaded to"
         )
-    for key in ("tokenizer_path", "load_parameters_path"):
-        if v[key] and not _path(v[key]).is_dir():
-            yield f"{key}: there is no folder {v[key]!r}"
+    if v["tokenizer_path"] and not _path(v["tokenizer_path"]).is_dir():
+        yield f"tokenizer_path: there is no folder {v['tokenizer_path']!r}"
     if v["chat_template"] and not _path(v["chat_template"]).is_file():
         yield f"chat_template: there is no file {v['chat_template']!r}"
     if not v["grain_eval_files"] and v["eval_fraction"] == 0:

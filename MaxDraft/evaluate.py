@@ -45,9 +45,7 @@ def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any
     config = run.config
     say(f"\nevaluating the head of step {step}")
     result = {"step": step} | held_out_metrics(run, params, frozen)
-    prompts = run.data.prompts(
-        config.decode_num_prompts, run.target.dims.max_length - config.decode_max_new_tokens
-    )
+    prompts = run.data.prompts(run.target.dims.max_length)
     result |= decode(run, params, frozen, prompts)
     result["settings"] = {
         "draft_steps": config.decode_draft_steps,

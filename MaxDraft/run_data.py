@@ -93,11 +93,14 @@ class RunData:
             yield batch
         found.close()
 
-    def prompts(self, count: int, max_length: int) -> list[list[int]]:
-        """Up to `count` different held-out prompts of at most max_length tokens.
+    def prompts(self, target_length: int) -> list[list[int]]:
+        """Up to decode_num_prompts different held-out prompts that leave room for a reply.
 
         A prompt is what stands before the first reply that is learnt, as serving would see it.
+        target_length: positions that the target knows.
         """
+        count = self.config.decode_num_prompts
+        max_length = target_length - self.config.decode_max_new_tokens
         found: dict[tuple[int, ...], None] = {}
         for i in range(len(self.dataset.held_out)):
             prompt = self.dataset.held_out.prompt(i)
@@ -107,7 +110,9 @@ class RunData:
                 break
         if not found:
             raise DataError(
-                f"no held-out prompt has at most {max_length} tokens; lower decode_max_new_tokens"
+                f"no held-out prompt leaves room for decode_max_new_tokens="
+                f"{self.config.decode_max_new_tokens} among the {target_length} positions of the "
+                f"target; lower decode_max_new_tokens"
             )
         return [list(prompt) for prompt in found]
 

@@ -29,6 +29,7 @@ from MaxDraft.train_step import Frozen, TrainState
 from MaxDraft.wiring import Run, TrainingError
 
 STOPPED = 42
+SIGNAL_PERIOD = 10  # steps
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     run = wiring.open_run(pyconfig.initialize(argv), for_training=True)
 
     # ---------------------------------------------------- newest checkpoint, warm start or seed
-    restored = run.checkpoints.restore_latest(run.programs.abstract_state, say)
+    restored = run.checkpoints.restore_latest(run.programs.abstract_state)
     if restored is not None:
         state, ids, batches_read = restored
         vocabulary = wiring.vocabulary(run, ids)
@@ -48,11 +49,13 @@ def main(argv: Sequence[str]) -> int:
     frozen = wiring.load_frozen(run, vocabulary)
 
     # ---------------------------------------------------- training
-    state = train(run, frozen, state, vocabulary.draft_to_target, batches_read)
+    state, stopped = train(run, frozen, state, vocabulary.draft_to_target, batches_read)
     step = int(state.step)
-    if step < run.total_steps:
-        saved = "all saved" if run.config.enable_checkpointing else "with nothing saved"
-        say(f"stopped after step {step} of {run.total_steps}, {saved}: the same command goes on")
+    if stopped and not run.config.enable_checkpointing:
+        say(f"stopped after step {step} of {run.total_steps}; enable_checkpointing=False: all lost")
+        return 1
+    if stopped:
+        say(f"stopped after step {step} of {run.total_steps}, all saved: the same command goes on")
         return STOPPED
 
     # ---------------------------------------------------- is it any good, and how to serve it
@@ -68,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
 def train(
     run: Run, frozen: Frozen, state: TrainState, draft_to_target: np.ndarray, batches_read: int
-) -> TrainState:
-    """Optimizer steps up to run.total_steps, or to the step after which a signal asks to stop.
+) -> tuple[TrainState, bool]:
+    """Optimizer steps up to run.total_steps -> (state, True where a signal asked to stop).
 
     A step's numbers are fetched while the next one runs, so the device never waits for the host.
     """
@@ -98,42 +101,49 @@ def train(
         while in_flight:
             number, result = in_flight.pop()
             fetched = jax.device_get(result)
-            if np.isfinite(fetched["total_loss"]) and np.isfinite(fetched["gradient_norm"]):
+            if fetched["finite"]:
                 logger.train_step(number, fetched)
             elif config.abort_on_nan_loss:
                 raise TrainingError(
                     f"step {number}: loss {fetched['total_loss']}, gradient norm "
-                    f"{fetched['gradient_norm']}; stopped, the last checkpoint is whole. Lower "
-                    f"learning_rate, or set abort_on_nan_loss=False to leave such steps out"
+                    f"{fetched['gradient_norm']}: not finite, or the updated head is not. Stopped; "
+                    f"the checkpoints before are whole. Start under another run_name with a lower "
+                    f"learning_rate, or go on with abort_on_nan_loss=False, which leaves such "
+                    f"steps out"
                 )
             else:
                 say(f"step {number}: loss or gradient is not finite; the step is left out")
             if number % config.log_period == 0:
                 logger.flush()
 
-    for step in range(int(state.step) + 1, last + 1):
-        state, result = programs.train(state, frozen, next(batches))
-        settle()
-        in_flight.append((step, result))
-
-        evaluating = step == last or (config.eval_interval > 0 and step % config.eval_interval == 0)
-        stopping = stop.requested()
-        if evaluating or stopping or step % config.checkpoint_period == 0:
+    stopping = False
+    try:
+        for step in range(int(state.step) + 1, last + 1):
+            state, result = programs.train(state, frozen, next(batches))
             settle()
-            logger.flush()
-            metrics = None
-            if evaluating:
-                metrics = held_out_metrics(run, state.params, frozen, config.eval_steps)
-                logger.evaluation(step, metrics)
-            if config.enable_checkpointing:
-                run.checkpoints.save(step, state, draft_to_target, step, metrics)
-            logger.restart_clock()
-        if stopping:
-            break
-    stop.restore()
-    logger.close()
-    run.checkpoints.wait()
-    return state
+            in_flight.append((step, result))
+
+            evaluating = step == last or (
+                config.eval_interval > 0 and step % config.eval_interval == 0
+            )
+            stopping = stop.requested(step)
+            if evaluating or stopping or step % config.checkpoint_period == 0:
+                settle()
+                logger.flush()
+                metrics = None
+                if evaluating:
+                    metrics = held_out_metrics(run, state.params, frozen, config.eval_steps)
+                    logger.evaluation(step, metrics)
+                if config.enable_checkpointing:
+                    run.checkpoints.save(step, state, draft_to_target, step, metrics)
+                logger.restart_clock()
+            if stopping:
+                break
+    finally:
+        run.checkpoints.wait()  # whatever happened, what was being saved is finished
+        logger.close()
+    stop.all_is_saved()
+    return state, stopping
 
 
 class StopSignal:
@@ -145,17 +155,23 @@ class StopSignal:
 
     def _ask(self, number: int, _frame) -> None:
         self._asked = True
-        self.restore()
+        for other, handler in self._before.items():
+            signal.signal(other, handler)
         say(f"{signal.Signals(number).name}: saving after this step")
 
-    def restore(self) -> None:
-        """From here on a signal does what it did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; on several processes, whether any of them was asked to.
 
-    def requested(self) -> bool:
-        """Whether to stop; on several processes, whether any of them was asked to."""
+        They agree every SIGNAL_PERIOD steps only, since agreeing means waiting for each other.
+        """
+        if jax.process_count() > 1 and step % SIGNAL_PERIOD:
+            return False
         return wiring.any_process(self._asked)
+
+    def all_is_saved(self) -> None:
+        """From here on a signal stops at once, and the same command goes on."""
+        for number in self._before:
+            signal.signal(number, lambda *_: sys.exit(STOPPED))
 
 
 if __name__ == "__main__":

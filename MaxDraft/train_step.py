@@ -141,11 +141,9 @@ def make_programs(
     def loss_and_sums(params: Tree, frozen: Frozen, batch: Batch, seen, rows, denominator):
         embeddings, features, teacher = seen
         aligned, counted = rows
-        # One copy of the weights in compute precision, gathered once for all steps of the rollout.
-        weights = jax.tree.map(
-            lambda w: constrain(w.astype(dtype), *(None,) * w.ndim),
-            params,
-        )
+        # Gathered once for all steps of the rollout. They are rounded where they are used, so that
+        # the gradients of all uses are added up in float32.
+        weights = jax.tree.map(lambda w: constrain(w, *(None,) * w.ndim), params)
         states = rollout(
             weights,
             head_dims,
@@ -185,8 +183,8 @@ def make_programs(
 
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         gradient_norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), new_optimizer)
+        finite = jnp.isfinite(loss + gradient_norm + optax.tree.norm(new.params))
         # A step that is not finite changes nothing but the step number.
         kept = dataclasses.replace(state, step=state.step + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
@@ -194,6 +192,7 @@ def make_programs(
             "tokens": (batch["segment_ids"] > 0).sum(),
             "total_loss": loss,
             "gradient_norm": gradient_norm,
+            "finite": finite,
             "learning_rate": schedule(state.step),
         }
 

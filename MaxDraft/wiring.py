@@ -8,7 +8,7 @@ run_main    an entry script's main, its mistakes told in plain words
 from __future__ import annotations
 
 import dataclasses
-import errno
+import fcntl
 import functools
 import json
 import os
@@ -65,9 +65,6 @@ USER_ERRORS = (
 )
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
 def run_main(main: Callable[[Sequence[str]], int]) -> None:
     """Runs an entry script's main(argv) and exits with its status."""
     try:
@@ -75,9 +72,10 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
     except USER_ERRORS as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        message = f"{error}; the checkpoints are whole. Make room and give the same command again"
+        message = f"{error}; the checkpoints are whole, and the same command goes on from them"
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
     print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -158,6 +156,8 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
     start_jax(config)
     config = with_embedded_target(config)
     make_run_directory(config)
+    if for_training:
+        lock_run_directory(config)
     target = open_target(config)
     mesh = sharding.make_mesh(
         config.mesh_axes,
@@ -166,24 +166,29 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
     )
     data = open_data(config, target.dims, mesh, say) if with_data else None
     total_steps = data.total_steps if data else 1
-    if for_training:
-        head_dims = wanted_head_dims(config, target.dims)
-        identity = {
-            "target": target.fingerprint,
-            "head": dataclasses.asdict(head_dims),
-            "data": data.fingerprint,
-            "rows per optimizer step": data.rows_per_step,
-            "optimizer steps": total_steps,
-        }
-    else:
-        identity = Checkpoints(config).identity()
-        if identity["target"] != target.fingerprint:
-            raise ResumeError(
-                f"run {config.run_name} was trained on another target than the one in "
-                f"{target.path}; give that one as target_path"
-            )
-        head = identity["head"]
-        head_dims = HeadDims(**{**head, "rope": Rope(**head["rope"])})
+    checkpoints = Checkpoints(config, say, read_only=not for_training)
+    saved = checkpoints.identity()
+    if saved is None and not for_training:
+        raise ResumeError(f"no readable checkpoint in {config.run_directory}; run train.py first")
+    if saved is not None and saved["target"] != target.fingerprint:
+        raise ResumeError(
+            f"run {config.run_name} was begun with another target than the one in {target.path}; "
+            f"give that one as target_path, or give another run_name"
+        )
+    # A run that has begun keeps the dimensions of its head, also where a warm start's folder is
+    # gone; the keys they come from cannot change.
+    head_dims = _head_dims(saved["head"]) if saved else wanted_head_dims(config, target.dims)
+    if data:
+        data.prompts(target.dims.max_length)  # or an error now, not after the training
+        checkpoints.expect(
+            {
+                "target": target.fingerprint,
+                "head": dataclasses.asdict(head_dims),
+                "data": data.fingerprint,
+                "rows per optimizer step": data.rows_per_step,
+                "optimizer steps": total_steps,
+            }
+        )
     return Run(
         config=config,
         target=target,
@@ -192,8 +197,12 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         head_dims=head_dims,
         total_steps=total_steps,
         programs=make_programs(config, target.dims, head_dims, target.capture, mesh, total_steps),
-        checkpoints=Checkpoints(config, identity),
+        checkpoints=checkpoints,
     )
+
+
+def _head_dims(saved: dict[str, Any]) -> HeadDims:
+    return HeadDims(**{**saved, "rope": Rope(**saved["rope"])})
 
 
 def start_jax(config: Config) -> None:
@@ -220,12 +229,14 @@ def make_run_directory(config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / ".writable", "")
         (folder / ".writable").unlink(missing_ok=True)
+        config.export_directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResumeError(
-            f"the run's folder {folder} cannot be written ({error.strerror}); give another "
-            f"base_output_directory"
+            f"the run's folder {folder} or export_path cannot be written ({error.strerror}: "
+            f"{error.filename}); give another base_output_directory or export_path"
         ) from error
-    if (folder / pyconfig.SAVED_NAME).is_file():
+    begun = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+    if begun and (folder / pyconfig.SAVED_NAME).is_file():
         before, now = pyconfig.read_saved(folder), config.as_dict()
         lines = pyconfig.differences(
             before, now, {key for key in now.keys() | before.keys() if may_change(key)}
@@ -236,6 +247,24 @@ def make_run_directory(config: Config) -> None:
                 + "\n  ".join(lines)
                 + "\nGive it another run_name, or the values it was started with"
             )
+
+
+def lock_run_directory(config: Config) -> None:
+    """ResumeError where another process trains this run; held until this process ends."""
+    if jax.process_index() > 0:
+        return  # the processes of one run share its folder
+    lock = (config.run_directory / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ResumeError(
+            f"{config.run_directory} is being trained by another process; wait for it, stop it, or "
+            f"give another run_name"
+        ) from error
+    _held_locks.append(lock)
+
+
+_held_locks: list[Any] = []
 
 
 def with_embedded_target(config: Config) -> Config:
@@ -353,7 +382,7 @@ def gather(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def any_process(asked: bool) -> bool:
-    """Whether `asked` is true in any process; all of them must call it together."""
+    """Whether `asked` is true in any process; all of them must call it together, and wait."""
     if jax.process_count() == 1:
         return asked
     return bool(multihost_utils.process_allgather(np.array([asked])).any())

@@ -73,8 +73,8 @@ def split(batch, micro_batches):
 
 def close(a, b, tolerance=1e-5):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        scale = max(float(np.abs(y).max()), 1e-6)
-        assert float(np.abs(np.asarray(x) - np.asarray(y)).max()) <= tolerance * scale
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.abs(x - y).max() <= tolerance * max(np.abs(y).max(), 1e-6)
 
 
 @pytest.mark.parametrize("denominator", ["counted", "specforge"])
