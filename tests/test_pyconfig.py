@@ -384,7 +384,7 @@ def test_a_real_model_needs_a_target_and_data(target):
         "distributed_coordinator=node0:8476 distributed_num_processes=2 distributed_process_id=1",
         "grain_eval_files=x eval_fraction=0",
         "target_layer_ids=[0,1,2]",
-        "logical_axis_rules=[[draft_batch, [data, fsdp, tensor]]]",
+        "logical_axis_rules=[[draft_batch,[data,fsdp,tensor]]]",
         "decode_temperature=0",
         "gradient_clipping_threshold=0",
         "mesh_axes=[tensor,data,fsdp]",
