@@ -94,7 +94,7 @@ def test_another_target_in_the_runs_folder_is_an_error(job):
     assert job.signal_after("step 6/24", signal.SIGTERM)[0] == 42
     write_target(job.target, seed=1)
     printed = job.run(status=2)
-    assert "target: run has" in printed
+    assert "was begun with another target" in printed
     job.run_with(
         "evaluate.py", [f"base_output_directory={job.folder / 'runs'}", "run_name=r"], status=2
     )
