@@ -79,6 +79,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_taken(whole,
     assert_same_bits(job.saved(24), whole[0].saved(24))
 
 
+def test_a_metrics_file_cut_short_does_not_keep_the_run_from_going_on(whole, job):
+    assert job.signal_after("step 12/24", signal.SIGTERM)[0] == 42
+    metrics = job.run_folder / "checkpoints" / "10" / "metrics" / "metrics"
+    metrics.write_bytes(metrics.read_bytes()[:20])
+    printed = job.run()
+    assert "checkpoint 10 is damaged" in printed
+    assert (job.run_folder / "damaged-checkpoint-10").is_dir()
+    assert_same_bits(job.saved(24), whole[0].saved(24))
+
+
 def test_another_configuration_in_the_runs_folder_is_an_error_that_says_what_differs(job):
     assert job.signal_after("step 6/24", signal.SIGTERM)[0] == 42
     saved = job.checkpoints()
