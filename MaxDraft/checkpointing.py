@@ -38,7 +38,7 @@ MAY_CHANGE = {
     "max_skipped_fraction",
     "grain_worker_count",
     "grain_prefetch_buffer_size",
-    "per_device_batch_size",  # with accumulation and mesh: their product must stay, see below
+    "per_device_batch_size",  # its product with accumulation and mesh is in the identity
     "gradient_accumulation_steps",
     "abort_on_nan_loss",
     "eval_interval",
