@@ -30,7 +30,7 @@ from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
 from MaxDraft.sharding import constrain
 from MaxDraft.targets import decoder
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.targets.dims import DecoderDims
 
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, turn_ids: int32 [A, B, T]
 
@@ -116,7 +116,9 @@ def make_programs(
             dtype,
             config.attention_block_size,
         )
-        best, log_norm = decoder.full_vocabulary(frozen.target, last, config.vocab_block_size)
+        best, log_norm = decoder.full_vocabulary(
+            frozen.target, target_dims, last, config.vocab_block_size
+        )
         # From here on the batch is split over every device, whatever split the target.
         return jax.tree.map(
             lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)),
@@ -162,6 +164,7 @@ def make_programs(
             decoder.draft_head_weight(frozen.target, frozen.draft_to_target),
             frozen.draft_to_target,
             config.vocab_block_size,
+            target_dims.logit_softcap,
         )
         loss = losses.total_loss(results.loss, counted, denominator, config.ttt_loss_decay)
         return loss, metrics.sums(results, aligned, counted)

@@ -1,4 +1,4 @@
-"""Plain decoding of the target with a KV cache: the yardstick of speculative decoding.
+"""Plain decoding of the target with a cache: the yardstick of speculative decoding.
 
 B prompts, P prompt length (right-padded), S tokens fed at once, C cache slots. Slot s of a cache
 belongs to position s; a slot is always written before a query may see it, so pads never matter.
@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft.layers.attention import cached_attention
+from MaxDraft.layers.delta_net import causal_conv, gated_delta_step
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets import decoder
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.targets.dims import Attention, DecoderDims, DeltaNet, LatentAttention
+from MaxDraft.targets.mixers import split_heads
+from MaxDraft.targets.plan import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +31,17 @@ class TargetModel:
     dtype: Any
 
     def empty_cache(self, batch: int, slots: int) -> Any:
-        """Zeros: per group of layers, keys and values [layers, B, C, M, d]."""
-        shape = (batch, slots, self.dims.num_kv_heads, self.dims.head_dim)
+        """Zeros: per run and place of its unit what the layer keeps, stacked over the repeats."""
+
+        def of_layer(mixer: Attention | LatentAttention | DeltaNet, repeats: int) -> Any:
+            shapes = _cache_shapes(mixer, self.dtype, batch, slots)
+            return {
+                name: jnp.zeros((repeats, *shape), dtype) for name, (shape, dtype) in shapes.items()
+            }
+
         return tuple(
-            tuple(jnp.zeros((len(layers), *shape), self.dtype) for _ in ("keys", "values"))
-            for layers in decoder.layer_groups(self.capture, self.dims.num_layers)
+            tuple(of_layer(layer.mixer, run.repeats) for layer in run.unit)
+            for run in runs(self.dims.layers, self.capture)
         )
 
     def extend(
@@ -43,23 +52,95 @@ class TargetModel:
         slots: jax.Array,  # int [B, S]
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Feeds tokens -> features [B, S, 3H], final state [B, S, H], cache."""
-
-        def attend(q, k, v, layer_cache):
-            keys, values = write(layer_cache, (k, v), slots)
-            return cached_attention(q, keys, values, slots), (keys, values)
-
         embeddings = decoder.embed(params, tokens, self.dtype)
-        return decoder.run_layers(params, embeddings, slots, self.dims, self.capture, attend, cache)
+        context = CachedContext(slots)
+        return decoder.run_layers(params, embeddings, self.dims, self.capture, context, cache)
+
+
+def _cache_shapes(
+    mixer: Attention | LatentAttention | DeltaNet, dtype: Any, B: int, C: int
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    match mixer:
+        case Attention():
+            shape = (B, C, mixer.num_kv_heads, mixer.head_dim)
+            return {"keys": (shape, dtype), "values": (shape, dtype)}
+        case LatentAttention():
+            heads = (B, C, mixer.num_heads)
+            size = mixer.nope_dim + mixer.rope_dim
+            return {"keys": ((*heads, size), dtype), "values": ((*heads, mixer.v_dim), dtype)}
+        case DeltaNet():
+            channels = 2 * mixer.num_k_heads * mixer.k_dim + mixer.num_v_heads * mixer.v_dim
+            return {
+                "x": ((B, C, channels), dtype),
+                "log_decay": ((B, C, mixer.num_v_heads), jnp.float32),
+                "beta": ((B, C, mixer.num_v_heads), dtype),
+                "state": ((B, mixer.num_v_heads, mixer.k_dim, mixer.v_dim), jnp.float32),
+                "read": ((B,), jnp.int32),
+            }
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedContext:
+    """A token sees the slots up to its own."""
+
+    positions: jax.Array  # int [B, S], the slots
+
+    def attend(self, q, k, v, scoring, sinks, cache):
+        keys, values = write((cache["keys"], cache["values"]), (k, v), self.positions)
+        out = cached_attention(q, keys, values, self.positions, scoring=scoring, sinks=sinks)
+        return out, {"keys": keys, "values": values}
+
+    def recur(self, x, conv, log_decay, beta, dims, cache):
+        """A recurrent state cannot forget a draft that is refused later. So the cache keeps the
+        inputs by slot, like keys and values, and the state of the first `read` tokens only: it is
+        taken forward to the first slot of each call, when what stands before it is final.
+        """
+        inputs = write(
+            (cache["x"], cache["log_decay"], cache["beta"]), (x, log_decay, beta), self.positions
+        )
+        rows, before = jnp.arange(x.shape[0]), jnp.arange(1 - conv.shape[0], 1)
+
+        def step(state: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The token in `slot` int [B] of the state before it -> new state, output."""
+            around = slot[:, None] + before
+            inside = jnp.where(around[..., None] >= 0, inputs[0][rows[:, None], around], 0)
+            convolved = causal_conv(inside, conv, jnp.ones_like(around))[:, -1]
+            q, k, v = split_heads(convolved, dims)
+            out, state = gated_delta_step(
+                state, q, k, v, inputs[1][rows, slot], inputs[2][rows, slot]
+            )
+            return state, out
+
+        def catch_up(carry):
+            state, read = carry
+            behind = read < self.positions[:, 0]
+            new, _ = step(state, read)
+            return jnp.where(behind[:, None, None, None], new, state), read + behind
+
+        state, read = jax.lax.while_loop(
+            lambda carry: (carry[1] < self.positions[:, 0]).any(),
+            catch_up,
+            (cache["state"], cache["read"]),
+        )
+        _, out = jax.lax.scan(step, state, self.positions.T)
+        names = ("x", "log_decay", "beta")
+        return jnp.moveaxis(out, 0, 1), {
+            **dict(zip(names, inputs, strict=True)),
+            "state": state,
+            "read": read,
+        }
 
 
 def write(
-    cache: tuple[jax.Array, jax.Array],  # keys and values [B, C, M, d]
-    new: tuple[jax.Array, jax.Array],  # [B, S, M, d]
+    cache: tuple[jax.Array, ...],  # each [B, C, ...]
+    new: tuple[jax.Array, ...],  # each [B, S, ...]
     slots: jax.Array,  # int [B, S]
-) -> tuple[jax.Array, jax.Array]:
-    """Cache with the new keys and values in their slots."""
+) -> tuple[jax.Array, ...]:
+    """Cache with the new keys and values, or whatever belongs to a token, in their slots."""
     rows = jnp.arange(slots.shape[0])[:, None]
-    return tuple(old.at[rows, slots].set(x) for old, x in zip(cache, new, strict=True))
+    return tuple(
+        old.at[rows, slots].set(x.astype(old.dtype)) for old, x in zip(cache, new, strict=True)
+    )
 
 
 def at(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -113,7 +194,7 @@ def decode_plain(
     _, last, cache = model.extend(params, cache, prompt, slots)
     first = choose(
         jax.random.fold_in(key, 0),
-        decoder.logits(params, at(last, prompt_length - 1)),
+        decoder.logits(params, model.dims, at(last, prompt_length - 1)),
         temperature,
     )
     out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first)
@@ -128,7 +209,9 @@ def decode_plain(
             params, cache, token[:, None], (prompt_length + length - 1)[:, None]
         )
         token = choose(
-            jax.random.fold_in(key, length.max()), decoder.logits(params, last[:, 0]), temperature
+            jax.random.fold_in(key, length.max()),
+            decoder.logits(params, model.dims, last[:, 0]),
+            temperature,
         )
         where = jnp.where(active, length, max_new_tokens)  # out of range: dropped
         out = out.at[jnp.arange(batch), where].set(token, mode="drop")

@@ -164,7 +164,7 @@ def _first_difference(
         cache = target.empty_cache(1, text.shape[1])
         slots = jnp.arange(text.shape[1])[None]
         _, last, _ = jax.jit(target.extend)(params, cache, text, slots)
-        logits = decoder.logits(params, last[0, -1])
+        logits = decoder.logits(params, target.dims, last[0, -1])
         difference["logit_gap"] = float(logits[plain[at]] - logits[drafted[at]])
     return difference
 

@@ -132,7 +132,7 @@ def decode_speculative(
     features, last, target_cache = target.extend(target_params, target_cache, prompt, slots)
     first = choose(
         jax.random.fold_in(key, 0),
-        decoder.logits(target_params, at(last, prompt_length - 1)),
+        decoder.logits(target_params, target.dims, at(last, prompt_length - 1)),
         temperature,
     )
     next_tokens = jnp.roll(prompt, -1, axis=1).at[jnp.arange(batch), prompt_length - 1].set(first)
@@ -177,7 +177,7 @@ def decode_speculative(
         features, last, target_cache = target.extend(
             target_params, target_cache, jnp.concatenate([token[:, None], drafts], axis=1), slots
         )
-        logits = decoder.logits(target_params, last)
+        logits = decoder.logits(target_params, target.dims, last)
         if temperature == 0:
             accepted, tokens = accept_greedy(drafts, logits)
         else:

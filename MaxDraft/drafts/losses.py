@@ -22,6 +22,7 @@ from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.drafts.rollout import shift_left
 from MaxDraft.layers.blocks import merge_length, split_length
+from MaxDraft.layers.norms import soft_cap
 from MaxDraft.layers.params import Tree
 from MaxDraft.sharding import constrain
 
@@ -54,6 +55,7 @@ def judge(
     teacher_head: jax.Array,  # [H, D]: the target's LM head, draft tokens only
     draft_to_target: jax.Array,  # int32 [D]
     block: int,  # positions judged at a time
+    softcap: float = 0.0,  # of the target's logits; 0: none
 ) -> RowResults:
     """Loss and agreement of every row at every step."""
     steps, length = len(states), teacher.last.shape[1]
@@ -66,7 +68,7 @@ def judge(
         teacher_logits = jnp.matmul(
             last, teacher_head.astype(last.dtype), preferred_element_type=jnp.float32
         )
-        teacher_logits = constrain(teacher_logits, "draft_batch", None, None)
+        teacher_logits = soft_cap(constrain(teacher_logits, "draft_batch", None, None), softcap)
         log_p = jax.nn.log_softmax(teacher_logits)
         # Softmax over all V tokens is p times the share of probability inside the draft vocabulary.
         inside = jnp.exp(jax.nn.logsumexp(teacher_logits, -1) - log_norm)

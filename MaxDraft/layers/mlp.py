@@ -1,6 +1,13 @@
-"""SiLU-gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
+"""Gated MLP: down(activation(gate(x)) * up(x)) (Shazeer 2020, SwiGLU and GEGLU)."""
+
+import functools
 
 import jax
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -9,8 +16,8 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-def gated_mlp(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
+def gated_mlp(x: jax.Array, w: dict[str, jax.Array], activation: str = "silu") -> jax.Array:
     """x [..., H]; w: gate, up [H, I], down [I, H], optional gate_bias, up_bias, down_bias."""
-    gate = jax.nn.silu(linear(x, w["gate"], w.get("gate_bias")))
+    gate = ACTIVATIONS[activation](linear(x, w["gate"], w.get("gate_bias")))
     up = linear(x, w["up"], w.get("up_bias"))
     return linear(gate * up, w["down"], w.get("down_bias"))

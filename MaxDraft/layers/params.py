@@ -22,16 +22,43 @@ Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the output dimension of a tensor that holds several parameters fused.
+
+    The parameter is [start : start + size * step : step] of `total` outputs.
+    """
+
+    start: int
+    total: int
+    step: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One way in which a checkpoint may hold a parameter.
+
+    name: "{layer}" stands for the 0-based layer; "{expert}" for the expert, where every expert has
+        a tensor of its own instead of one [experts, ...].
+    transposed: the last two dimensions are [out, in].
+    part: of a fused tensor; None: the whole.
+    """
+
+    name: str
+    transposed: bool = False
+    part: Part | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Param:
     """A parameter.
 
-    shape: of one layer, as the code uses it: matrices are [in, out].
+    shape: of one layer, as the code uses it: matrices are [in, out], experts' [experts, in, out].
     axes: logical axis of every dimension.
-    tensor: name in the checkpoint; "{layer}" stands for the 0-based layer.
+    tensor, transposed, part: how the checkpoint holds it, see Stored.
     dtype: in memory.
     init: "matrix" draws from normal(0, 1/sqrt(fan_in)); "ones"; "zeros".
-    transposed: the checkpoint holds [out, in].
     layers: the layers stacked along a leading dimension; None: no such dimension.
+    otherwise: other ways to hold it, tried in order where the first one's tensors are absent.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +68,13 @@ class Param:
     init: str = "matrix"
     transposed: bool = False
     layers: Sequence[int] | None = None
+    part: Part | None = None
+    otherwise: tuple[Stored, ...] = ()
+
+    @property
+    def ways(self) -> tuple[Stored, ...]:
+        """All ways in which a checkpoint may hold it, the usual one first."""
+        return (Stored(self.tensor, self.transposed, self.part), *self.otherwise)
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -49,6 +83,25 @@ class Param:
     @property
     def full_axes(self) -> tuple[str | None, ...]:
         return self.axes if self.layers is None else (None, *self.axes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix kept in memory as its checkpoint holds it, dequantised in the product (linear).
+
+    In a table its leaves are Params, in a tree of parameters arrays.
+    FP8     values float8_e4m3fn [..., in, out]; scale float32 [..., in / a, out / b] with any
+            block a x b: 128 x 128, or a whole column, or everything
+    MXFP4   values uint8 [..., in / 2, out], two e2m1 numbers a byte, the even input in the low
+            half; scale uint8 [..., in / 32, out], exponents of two with bias 127
+    """
+
+    values: Any
+    scale: Any
+    in_size: int = dataclasses.field(metadata={"static": True})
+    kind: str = dataclasses.field(metadata={"static": True})  # "fp8" or "mxfp4"
+    tiled: str = dataclasses.field(metadata={"static": True})  # tiles are cut along "in" or "out"
 
 
 def flatten(table: Tree) -> list[tuple[str, Param]]:
@@ -91,7 +144,7 @@ def initialize(table: Tree, seed: int) -> Tree:
         if param.init == "zeros":
             return jnp.zeros(param.full_shape, param.dtype)
         key = jax.random.fold_in(root, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        scale = param.shape[0] ** -0.5
+        scale = param.shape[-2] ** -0.5
         return scale * jax.random.normal(key, param.full_shape, param.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, table)

@@ -4,7 +4,9 @@ Angle of pair j at position p: p * theta^(-2j/d), changed by the scaling:
     linear   all frequencies divided by `factor`
     llama3   long wavelengths divided by `factor`, short ones kept, a ramp between
     yarn     the ramp is over dimensions, and cos/sin are scaled (Peng et al. 2023)
-Pairs are (x[j], x[j + d/2]): the rotate-half layout of the Hugging Face checkpoints.
+    longrope every frequency divided by a factor of its own, cos/sin scaled (Ding et al. 2024)
+Pairs are (x[j], x[j + d/2]), the rotate-half layout of most Hugging Face checkpoints, or, where a
+family is `interleaved`, (x[2j], x[2j+1]). Dimensions past the first d of a head are not turned.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of a model; `kind` is default, linear, llama3 or yarn."""
+    """Rotary embedding of a model; `kind` is default, linear, llama3, yarn or longrope."""
 
     theta: float
-    head_dim: int
+    head_dim: int  # d, the dimensions of a head that are turned
     kind: str = "default"
     factor: float = 1.0
     original_length: int = 0  # positions the unscaled model was trained on
@@ -31,7 +33,9 @@ class Rope:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-    cos_scale: float = 1.0  # yarn's attention factor, applied to cos and sin
+    cos_scale: float = 1.0  # yarn's and longrope's attention factor, applied to cos and sin
+    factors: tuple[float, ...] = ()  # longrope: of each pair
+    interleaved: bool = False
 
 
 def frequencies(rope: Rope) -> np.ndarray:
@@ -44,6 +48,8 @@ def frequencies(rope: Rope) -> np.ndarray:
         return _llama3(freq, rope)
     if rope.kind == "yarn":
         return _yarn(freq, rope)
+    if rope.kind == "longrope":
+        return freq / np.asarray(rope.factors, np.float32)
     return freq
 
 
@@ -74,10 +80,15 @@ def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles) * rope.cos_scale, jnp.sin(angles) * rope.cos_scale
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B, T, N, d] turned by its positions' angles; computed in float32, x's dtype out."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """x [B, T, N, >= d] turned by its positions' angles; computed in float32, x's dtype out."""
+    size = 2 * cos.shape[-1]
+    turned, rest = x[..., :size].astype(jnp.float32), x[..., size:]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
-        x.dtype
-    )
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = jnp.stack(pair, -1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, -1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], -1)

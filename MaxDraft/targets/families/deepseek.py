@@ -1,0 +1,67 @@
+"""DeepSeek V2, V3, R1 and Kimi K2: latent attention, shared experts, group-limited routing.
+
+V2 scores experts by a softmax; V3 by a sigmoid, with a bias that takes part in the choice only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
+from MaxDraft.targets.hf_config import field
+
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    if (config.get("moe_layer_freq") or 1) != 1:
+        raise TargetError("config.json: moe_layer_freq other than 1 is not supported")
+    router = _softmax(config) if config["model_type"] == "deepseek_v2" else sigmoid_router(config)
+    mixer, dense = hf_config.latent_attention(config), field(config, "first_k_dense_replace")
+    moe, mlp = experts(config, router), hf_config.mlp(config)
+    layers = [Layer(mixer, mlp if i < dense else moe) for i in range(config["num_hidden_layers"])]
+    return hf_config.decoder(config, layers)
+
+
+def experts(config: Mapping[str, Any], router: Router) -> Experts:
+    """Routed experts, and `n_shared_experts` in one that every token takes."""
+    size = field(config, "moe_intermediate_size")
+    return Experts(
+        num_experts=field(config, "n_routed_experts"),
+        intermediate_size=size,
+        router=router,
+        activation=hf_config.activation(config),
+        shared_size=size * (config.get("n_shared_experts") or 0),
+    )
+
+
+def sigmoid_router(config: Mapping[str, Any]) -> Router:
+    """DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), as GLM-4.5 has it too."""
+    return Router(
+        top_k=field(config, "num_experts_per_tok"),
+        scores="sigmoid",
+        selection_bias=True,
+        normalize=bool(field(config, "norm_topk_prob")),
+        normalize_eps=1e-20,
+        factor=float(field(config, "routed_scaling_factor")),
+        groups=config.get("n_group") or 1,
+        top_groups=config.get("topk_group") or 1,
+        group_score="top2",
+    )
+
+
+def _softmax(config: Mapping[str, Any]) -> Router:
+    method = config.get("topk_method") or "greedy"
+    if method not in ("greedy", "group_limited_greedy") or config.get("norm_topk_prob"):
+        raise TargetError(
+            f"config.json: routing with topk_method '{method}' and norm_topk_prob "
+            f"{config.get('norm_topk_prob')} is not known for deepseek_v2"
+        )
+    limited = method == "group_limited_greedy"
+    return Router(
+        top_k=field(config, "num_experts_per_tok"),
+        factor=float(field(config, "routed_scaling_factor")),
+        groups=field(config, "n_group") if limited else 1,
+        top_groups=field(config, "topk_group") if limited else 1,
+    )

@@ -1,0 +1,38 @@
+"""GLM-4-0414 (dense): half of every head is turned, in interleaved pairs; sandwich norms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.layers.params import Part, Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Layer
+
+MODEL_TYPES = ("glm4",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    mixer = hf_config.attention(
+        config,
+        rope=hf_config.rope(config, partial=0.5, interleaved=True),
+        qkv_bias=config.get("attention_bias", True),
+    )
+    layer = Layer(mixer, hf_config.mlp(config), post_norms=True)
+    return hf_config.decoder(
+        config,
+        [layer] * config["num_hidden_layers"],
+        names=(
+            ("attention_post_norm", (Stored("post_self_attn_layernorm.weight"),)),
+            ("mlp_post_norm", (Stored("post_mlp_layernorm.weight"),)),
+            *fused_mlp(layer.feed_forward.intermediate_size),
+        ),
+    )
+
+
+def fused_mlp(size: int) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
+    """Where gate and up of `size` outputs each lie, one after the other, in one tensor."""
+    name = "mlp.gate_up_proj.weight"
+    return (
+        ("mlp/gate", (Stored(name, True, Part(0, 2 * size)),)),
+        ("mlp/up", (Stored(name, True, Part(size, 2 * size)),)),
+    )

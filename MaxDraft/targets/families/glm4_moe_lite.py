@@ -1,0 +1,23 @@
+"""GLM-4.7-Flash: DeepSeek-V3's latent attention and routing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.families import deepseek
+
+MODEL_TYPES = ("glm4_moe_lite",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    count = hf_config.field(config, "num_hidden_layers")
+    dense = config.get("first_k_dense_replace", 1)
+    kinds = config.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (count - dense)
+    feed_forward = {
+        "dense": hf_config.mlp(config),
+        "sparse": deepseek.experts(config, deepseek.sigmoid_router(config)),
+    }
+    mixer = hf_config.latent_attention(config)
+    return hf_config.decoder(config, [Layer(mixer, feed_forward[kind]) for kind in kinds])

@@ -1,0 +1,48 @@
+"""gpt-oss: attention sinks, windows in every other layer, yarn, experts with clipped SwiGLU.
+
+The files hold all experts of a layer in one tensor, gate and up in alternating columns.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.layers.params import Part, Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
+from MaxDraft.targets.hf_config import field
+
+MODEL_TYPES = ("gpt_oss",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    if config.get("swiglu_limit", 7.0) != 7.0 or config.get("swiglu_alpha", 1.702) != 1.702:
+        raise TargetError("config.json: swiglu_limit must be 7.0 and swiglu_alpha 1.702")
+    bias = config.get("attention_bias", True)
+    switches = {"qkv_bias": bias, "output_bias": bias, "sinks": True}
+    size = field(config, "intermediate_size")
+    moe = Experts(
+        num_experts=field(config, "num_local_experts"),
+        intermediate_size=size,
+        router=Router(field(config, "num_experts_per_tok"), "softmax_top", bias=True),
+        activation="clipped",
+        bias=True,
+    )
+    layers = [
+        Layer(hf_config.attention(config, window=window, **switches), moe)
+        for window in hf_config.windows(config)
+    ]
+    gate, up, experts = Part(0, 2 * size, 2), Part(1, 2 * size, 2), "mlp.experts."
+    return hf_config.decoder(
+        config,
+        layers,
+        names=(
+            ("experts/router", (Stored("mlp.router.weight", True),)),
+            ("experts/gate", (Stored(experts + "gate_up_proj", part=gate),)),
+            ("experts/up", (Stored(experts + "gate_up_proj", part=up),)),
+            ("experts/down", (Stored(experts + "down_proj"),)),
+            ("experts/gate_bias", (Stored(experts + "gate_up_proj_bias", part=gate),)),
+            ("experts/up_bias", (Stored(experts + "gate_up_proj_bias", part=up),)),
+            ("experts/down_bias", (Stored(experts + "down_proj_bias"),)),
+        ),
+    )

@@ -1,0 +1,18 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 and what shares their config (model_type llama)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Layer
+
+MODEL_TYPES = ("llama",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    bias = config.get("attention_bias", False)
+    mixer = hf_config.attention(config, qkv_bias=bias, output_bias=bias)
+    mlp = dataclasses.replace(hf_config.mlp(config), bias=config.get("mlp_bias", False))
+    return hf_config.decoder(config, [Layer(mixer, mlp)] * config["num_hidden_layers"])

@@ -1,0 +1,88 @@
+"""Llama 4 Scout and Maverick, text: chunks with rotary embedding, each fourth layer without either.
+
+Layers without rotary embedding see everything, and sharpen their queries with the position. Experts
+are chosen by their logits' sigmoid, which weighs what goes into them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.layers.params import Part, Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router
+from MaxDraft.targets.hf_config import field
+
+MODEL_TYPES = ("llama4_text",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    count, size = field(config, "num_hidden_layers"), field(config, "intermediate_size")
+    moe = Experts(
+        num_experts=field(config, "num_local_experts"),
+        intermediate_size=size,
+        router=Router(field(config, "num_experts_per_tok"), "sigmoid"),
+        activation=hf_config.activation(config),
+        weigh_input=True,
+        shared_size=size,
+    )
+    mlp, step = hf_config.mlp(config, "intermediate_size_mlp"), config["interleave_moe_layer_step"]
+    sparse = config.get("moe_layers")
+    sparse = range(step - 1, count, step) if sparse is None else sparse
+    turned = config.get("no_rope_layers") or [(i + 1) % 4 for i in range(count)]
+    return hf_config.decoder(
+        config,
+        [Layer(_mixer(config, bool(turned[i])), moe if i in sparse else mlp) for i in range(count)],
+        names=_names(size),
+    )
+
+
+def _mixer(config: Mapping[str, Any], turned: bool) -> Attention:
+    bias = config.get("attention_bias", False)
+    tempered = None
+    if config.get("attn_temperature_tuning", True) and not turned:
+        tempered = (float(field(config, "floor_scale")), float(field(config, "attn_scale")))
+    return hf_config.attention(
+        config,
+        rope=hf_config.rope(config, interleaved=True) if turned else None,
+        chunk=(config.get("attention_chunk_size") or 0) if turned else 0,
+        qkv_bias=bias,
+        output_bias=bias,
+        l2_norm=turned and config.get("use_qk_norm", True),
+        tempered=tempered,
+    )
+
+
+def _names(size: int) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
+    part, experts = "feed_forward.", "feed_forward.experts."
+    fused = experts + "gate_up_proj"
+    one = experts + "{expert}."  # as some quantised files have them
+    return (
+        *(
+            (f"{path}/{name}", (Stored(f"{part}{prefix}{name}_proj.weight", True),))
+            for path, prefix in (("mlp", ""), ("experts/shared", "shared_expert."))
+            for name in ("gate", "up", "down")
+        ),
+        ("experts/router", (Stored(part + "router.weight", True),)),
+        (
+            "experts/gate",
+            (
+                Stored(fused, part=Part(0, 2 * size)),
+                Stored(one + "gate_proj.weight", True),
+            ),
+        ),
+        (
+            "experts/up",
+            (
+                Stored(fused, part=Part(size, 2 * size)),
+                Stored(one + "up_proj.weight", True),
+            ),
+        ),
+        (
+            "experts/down",
+            (
+                Stored(experts + "down_proj"),
+                Stored(one + "down_proj.weight", True),
+            ),
+        ),
+    )

@@ -1,0 +1,16 @@
+"""Mistral 7B and Small: Llama, in older versions with a window in every layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Layer
+
+MODEL_TYPES = ("mistral",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    mixer = hf_config.attention(config, window=config.get("sliding_window") or 0)
+    layer = Layer(mixer, hf_config.mlp(config))
+    return hf_config.decoder(config, [layer] * config["num_hidden_layers"])

@@ -1,0 +1,46 @@
+"""Mixtral: every layer a mixture, its weights the softmax of the chosen experts' scores.
+
+MiniMax-M2: sigmoid scores with a bias for the choice only, norms over all query and all key heads.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.layers.params import Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router
+from MaxDraft.targets.hf_config import field
+
+MODEL_TYPES = ("mixtral", "minimax_m2")
+_MOE = "block_sparse_moe."
+NAMES = (
+    ("experts/router", (Stored(_MOE + "gate.weight", True),)),
+    ("experts/score_bias", (Stored(_MOE + "e_score_correction_bias"),)),
+    ("experts/gate", (Stored(_MOE + "experts.{expert}.w1.weight", True),)),
+    ("experts/up", (Stored(_MOE + "experts.{expert}.w3.weight", True),)),
+    ("experts/down", (Stored(_MOE + "experts.{expert}.w2.weight", True),)),
+)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    top_k = field(config, "num_experts_per_tok")
+    if config["model_type"] == "minimax_m2":
+        partial = (
+            config["rotary_dim"] / field(config, "head_dim") if "rotary_dim" in config else 1.0
+        )
+        mixer = hf_config.attention(
+            config, rope=hf_config.rope(config, partial=partial), qk_norm="whole"
+        )
+        router = Router(top_k, "sigmoid", selection_bias=True, normalize=True)
+    else:
+        mixer = hf_config.attention(config, window=config.get("sliding_window") or 0)
+        router = Router(top_k, normalize=True)
+    moe = Experts(
+        num_experts=field(config, "num_local_experts"),
+        intermediate_size=field(config, "intermediate_size"),
+        router=router,
+        activation=hf_config.activation(config),
+    )
+    layers = [Layer(mixer, moe)] * field(config, "num_hidden_layers")
+    return hf_config.decoder(config, layers, names=NAMES)

@@ -1,0 +1,38 @@
+"""Phi-3 and Phi-4: q, k and v in one tensor, gate and up in another; longrope, partial rotary.
+
+Longrope has two sets of factors, and which one holds depends on the length of the whole sequence.
+Training takes the short ones: max_length is where they end.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.layers.params import Part, Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.families.glm4 import fused_mlp
+
+MODEL_TYPES = ("phi3",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    mixer = hf_config.attention(config, window=config.get("sliding_window") or 0)
+    q_size, kv_size = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+    starts = {"q": 0, "k": q_size, "v": q_size + kv_size}
+    mlp = hf_config.mlp(config)
+    return hf_config.decoder(
+        config,
+        [Layer(mixer, mlp)] * config["num_hidden_layers"],
+        max_length=hf_config.longrope_length(config),
+        names=(
+            *(
+                (
+                    name,
+                    (Stored("self_attn.qkv_proj.weight", True, Part(start, q_size + 2 * kv_size)),),
+                )
+                for name, start in starts.items()
+            ),
+            *fused_mlp(mlp.intermediate_size),
+        ),
+    )

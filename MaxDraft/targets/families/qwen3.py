@@ -1,0 +1,24 @@
+"""Qwen3 (dense): an RMSNorm on every query and key head; head_dim is always given."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Layer
+
+MODEL_TYPES = ("qwen3",)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    hf_config.field(config, "head_dim")
+    bias = config.get("attention_bias", False)
+    switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
+    mlp = hf_config.mlp(config)
+    return hf_config.decoder(
+        config,
+        [
+            Layer(hf_config.attention(config, window=window, **switches), mlp)
+            for window in hf_config.qwen_windows(config)
+        ],
+    )

@@ -1,0 +1,75 @@
+"""Qwen3-Next and Qwen3.5: three layers of gated delta rule, then one of gated attention.
+
+A quarter of every head is turned, norms multiply by 1 + weight, experts as in Qwen2-MoE (Qwen3.5
+also has dense models).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from MaxDraft.layers.params import Part, Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, DeltaNet, Layer
+from MaxDraft.targets.families import qwen_moe
+from MaxDraft.targets.hf_config import field
+
+MODEL_TYPES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    count, every = field(config, "num_hidden_layers"), config.get("full_attention_interval", 4)
+    kinds = config.get("layer_types") or [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(count)
+    ]
+    bias = config.get("attention_bias", False)
+    mixers = {
+        "full_attention": hf_config.attention(
+            config,
+            rope=hf_config.rope(config, partial=0.25),
+            qkv_bias=bias,
+            output_bias=bias,
+            qk_norm="head",
+            gated=True,
+        ),
+        "linear_attention": DeltaNet(
+            num_k_heads=field(config, "linear_num_key_heads"),
+            num_v_heads=field(config, "linear_num_value_heads"),
+            k_dim=field(config, "linear_key_head_dim"),
+            v_dim=field(config, "linear_value_head_dim"),
+            conv_width=field(config, "linear_conv_kernel_dim"),
+            fused=config["model_type"] == "qwen3_next",
+        ),
+    }
+    if config["model_type"] == "qwen3_5_text":
+        feed_forwards = [hf_config.mlp(config)] * count
+    elif config["model_type"] == "qwen3_5_moe_text":  # chosen weights always sum to one
+        feed_forwards = [qwen_moe.experts({**config, "norm_topk_prob": True})] * count
+    else:
+        feed_forwards = qwen_moe.feed_forwards(config)
+    layers = [Layer(mixers[kind], ff) for kind, ff in zip(kinds, feed_forwards, strict=True)]
+    return hf_config.decoder(
+        config, layers, norm_offset=1.0, names=(*qwen_moe.SHARED, *_names(config))
+    )
+
+
+def _names(config: Mapping[str, Any]) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
+    """Qwen3.5's files hold all experts of a layer in one tensor."""
+    if config["model_type"] != "qwen3_5_moe_text":
+        return ()
+    size, fused = config["moe_intermediate_size"], "mlp.experts.gate_up_proj"
+    one = "mlp.experts.{expert}."
+    return (
+        (
+            "experts/gate",
+            (Stored(fused, True, Part(0, 2 * size)), Stored(one + "gate_proj.weight", True)),
+        ),
+        (
+            "experts/up",
+            (Stored(fused, True, Part(size, 2 * size)), Stored(one + "up_proj.weight", True)),
+        ),
+        (
+            "experts/down",
+            (Stored("mlp.experts.down_proj", True), Stored(one + "down_proj.weight", True)),
+        ),
+    )

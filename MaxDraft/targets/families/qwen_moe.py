@@ -1,0 +1,58 @@
+"""Qwen2-MoE and Qwen3-MoE (30B-A3B, 235B-A22B, Coder): top-k experts, some dense layers.
+
+Qwen2-MoE adds an expert that every token takes, weighed by its own gate, and biases on q, k and v.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from MaxDraft.layers.params import Stored
+from MaxDraft.targets import hf_config
+from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Mlp, Router
+from MaxDraft.targets.hf_config import field
+
+MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
+SHARED = tuple(
+    (f"experts/shared/{part}", (Stored(f"mlp.shared_expert.{part}_proj.weight", True),))
+    for part in ("gate", "up", "down")
+)
+
+
+def dims(config: Mapping[str, Any]) -> DecoderDims:
+    """Dimensions from config.json; TargetError where a field is missing or not supported."""
+    if config["model_type"] == "qwen2_moe":
+        switches = {"qkv_bias": config.get("qkv_bias", True)}
+    else:
+        bias = config.get("attention_bias", False)
+        switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
+    windows = hf_config.qwen_windows(config)
+    mixers = [hf_config.attention(config, window=window, **switches) for window in windows]
+    parts = zip(mixers, feed_forwards(config), strict=True)
+    return hf_config.decoder(config, [Layer(*pair) for pair in parts], names=SHARED)
+
+
+def feed_forwards(config: Mapping[str, Any]) -> Sequence[Mlp | Experts]:
+    """Experts in every `decoder_sparse_step`th layer that is not in `mlp_only_layers`."""
+    moe, mlp = experts(config), hf_config.mlp(config)
+    every, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    return [
+        moe if i not in dense and (i + 1) % every == 0 else mlp
+        for i in range(field(config, "num_hidden_layers"))
+    ]
+
+
+def experts(config: Mapping[str, Any]) -> Experts:
+    """Softmax over all experts, the best k, renormalised where `norm_topk_prob` says so."""
+    shared = config.get("shared_expert_intermediate_size") or 0
+    number = config.get("num_experts") or field(config, "num_local_experts")
+    return Experts(
+        num_experts=number,
+        intermediate_size=field(config, "moe_intermediate_size"),
+        router=Router(
+            top_k=field(config, "num_experts_per_tok"),
+            normalize=bool(config.get("norm_topk_prob", False)),
+        ),
+        activation=hf_config.activation(config),
+        shared_size=shared,
+        shared_gate=bool(shared),
+    )
