@@ -507,7 +507,7 @@ _VECTORS = {  # last part of a name -> (mean, deviation)
 _GAINS = {  # the last two parts of a name -> gain of its matrix
     "q_proj.weight": 2.0,
     "k_proj.weight": 2.0,
-    "qkv_proj.weight": 2.0,
+    "qkv_proj.weight": 1.5,
     "q_b_proj.weight": 3.0,
     "gate.weight": 2.0,
     "router.weight": 2.0,
