@@ -17,6 +17,7 @@ Values = dict[str, Any]
 CHOICES = {
     "dtype": ("bfloat16", "float32"),
     "weight_dtype": ("bfloat16", "float32"),
+    "target_quantization": ("dequantize", "keep"),
     "matmul_precision": ("default", "high", "highest"),
     "loss_alignment": ("serving", "specforge"),
     "loss_denominator": ("counted", "specforge"),
@@ -58,6 +59,9 @@ SELF_CONTAINED_MODEL = "tiny"
 
 # The names of dimensions in the parameter tables and in `constrain`.
 LOGICAL_AXES = (
+    "target_experts",
+    "target_expert_embed",
+    "target_expert_mlp",
     *(f"target_{name}" for name in ("batch", "embed", "heads", "kv_heads", "mlp", "vocab")),
     *(f"draft_{name}" for name in ("batch", "embed", "heads", "kv_heads", "mlp", "vocab")),
 )

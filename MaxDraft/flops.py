@@ -1,13 +1,29 @@
-"""Model FLOPs of a training step, counted by hand: 2 per multiply-add, what the method needs.
+"""Model FLOPs of a training step: 2 per multiply-add, what the method needs.
 
 Forward only for the target, forward and backward (3x) for what is trained. Recomputation in the
 backward pass is the implementation's choice and is not counted. Attention counts the causal half.
+The target's products are read off its parameter table: every matrix once for each token, of the
+experts those that a token is sent to.
 """
 
 from __future__ import annotations
 
+import math
+
+import jax
+
 from MaxDraft.drafts.eagle3 import HeadDims
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.layers.params import Param
+from MaxDraft.targets.dims import (
+    Attention,
+    DecoderDims,
+    DeltaNet,
+    Experts,
+    LatentAttention,
+    Layer,
+)
+from MaxDraft.targets.plan import runs
+from MaxDraft.targets.table import decoder_params
 
 
 def per_token(
@@ -15,18 +31,53 @@ def per_token(
 ) -> dict[str, float]:
     """FLOPs of each part for one token of a packed row of `length` tokens."""
     H = target.hidden_size
-    q, kv = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-    target_layer = 2 * (H * (q + 2 * kv) + q * H + 3 * H * target.intermediate_size)
     draft_q, draft_kv = head.num_heads * head.head_dim, head.num_kv_heads * head.head_dim
     draft_layer = 2 * (
         2 * H * (draft_q + 2 * draft_kv) + draft_q * H + 3 * H * head.intermediate_size
     )
     return {
-        "target layers": target.num_layers * target_layer,
-        "target attention": target.num_layers * 2 * 2 * q * length / 2,
+        "target layers": _products(target),
+        "target attention": sum(_mixing(layer, length) for layer in target.layers),
         "target LM head": 2 * H * target.vocab_size,
         "fc": 2 * 2 * 3 * H * H,  # the features are frozen: no gradient flows into them
         "draft layer": 3 * ttt_length * draft_layer,
         "draft attention": 3 * ttt_length * 2 * 2 * draft_q * length / 2,
         "draft LM head": 3 * ttt_length * 2 * H * head.draft_vocab_size,
     }
+
+
+def _products(target: DecoderDims) -> float:
+    """2 per weight that a token is multiplied with, over all layers."""
+    table = decoder_params(target, ())
+    total = 0.0
+    for run, units in zip(runs(target.layers, ()), table["layers"], strict=True):
+        for layer, params in zip(run.unit, units, strict=True):
+            for param in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Param)):
+                total += 2 * run.repeats * _used(param, layer)
+    return total
+
+
+def _used(param: Param, layer: Layer) -> float:
+    if param.axes[0] == "target_experts":
+        share = layer.feed_forward.router.top_k / layer.feed_forward.num_experts
+        return math.prod(param.shape) * share if len(param.shape) == 3 else 0.0
+    return math.prod(param.shape) if len(param.shape) == 2 else 0.0
+
+
+def _mixing(layer: Layer, length: int) -> float:
+    """Scores and their sum over values, of one token in the middle of a row."""
+    match layer.mixer:
+        case Attention() as a:
+            seen = _seen(length, a.window, a.chunk)
+            return 2 * 2 * a.num_heads * a.head_dim * seen
+        case LatentAttention() as a:
+            return 2 * a.num_heads * (a.nope_dim + a.rope_dim + a.v_dim) * length / 2
+        case DeltaNet() as a:  # the state is read, corrected and read again
+            return 3 * 2 * a.num_v_heads * a.k_dim * a.v_dim
+
+
+def _seen(length: int, window: int, chunk: int) -> float:
+    """Keys that a token sees, on average over a row."""
+    if window and window < length:
+        return window - window * (window - 1) / (2 * length)
+    return min(length, chunk or length) / 2

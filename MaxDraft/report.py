@@ -18,7 +18,7 @@ from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers import params as parameters
 from MaxDraft.metric_logger import say
-from MaxDraft.targets import decoder
+from MaxDraft.targets.table import decoder_params
 from MaxDraft.wiring import Run
 
 
@@ -27,7 +27,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
     config, target, head = run.config, run.target, run.head_dims
     summary = run.data.summary(vocabulary)
     trained = parameters.count(eagle3.head_params(head))
-    frozen = parameters.count(decoder.decoder_params(target.dims, target.capture))
+    frozen = parameters.count(decoder_params(target.dims, target.capture))
     cost = flops.per_token(target.dims, head, config.ttt_length, config.max_target_length)
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     say(

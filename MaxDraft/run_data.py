@@ -23,7 +23,7 @@ from MaxDraft.input_pipeline.dataset import Dataset
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.packing import Rows
 from MaxDraft.pyconfig import Config
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.targets.dims import DecoderDims
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,10 @@ from MaxDraft.metric_logger import say
 from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.run_data import RunData, open_data
 from MaxDraft.sharding import ShardingError
-from MaxDraft.targets import decoder, registry
-from MaxDraft.targets.decoder import DecoderDims, TargetError
+from MaxDraft.targets import plan, registry
+from MaxDraft.targets.dims import DecoderDims, TargetError
+from MaxDraft.targets.draft_shape import draft_shape
+from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target.build import TinyTargetError, ensure_tiny_target
 from MaxDraft.tiny_target.corpus import CorpusError
 from MaxDraft.train_step import Batch, Frozen, Programs, make_programs
@@ -85,7 +87,7 @@ class Target:
     """A target checkpoint, read but not loaded."""
 
     path: Path
-    config: dict[str, Any]  # its config.json
+    config: dict[str, Any]  # the language model's part of its config.json
     dims: DecoderDims
     capture: tuple[int, ...]  # layers whose output the head reads
     fingerprint: str
@@ -183,7 +185,7 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         checkpoints.expect(
             {
                 "target": target.fingerprint,
-                "head": dataclasses.asdict(head_dims),
+                "head": json.loads(json.dumps(dataclasses.asdict(head_dims))),
                 "data": data.fingerprint,
                 "rows per optimizer step": data.rows_per_step,
                 "optimizer steps": total_steps,
@@ -202,7 +204,8 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
 
 
 def _head_dims(saved: dict[str, Any]) -> HeadDims:
-    return HeadDims(**{**saved, "rope": Rope(**saved["rope"])})
+    rope = Rope(**{**saved["rope"], "factors": tuple(saved["rope"].get("factors", ()))})
+    return HeadDims(**{**saved, "rope": rope})
 
 
 def start_jax(config: Config) -> None:
@@ -292,36 +295,38 @@ def _tiny_folder(config: Config) -> Path:
 def open_target(config: Config) -> Target:
     """Reads and checks the target's config.json against the model file; loads no weight."""
     path = config.target_directory
-    hf_config = target_checkpoint.read_config(path)
+    hf_config = registry.text_config(target_checkpoint.read_config(path))
+    check_quantization(hf_config)
     target_checkpoint.check_target_config(
         config.target_config, hf_config, f"configs/models/{config.model_name}.yml"
     )
     dims = registry.dims_from_config(hf_config)
-    capture = decoder.check_capture(config.target_layer_ids, dims.num_layers)
+    capture = plan.check_capture(config.target_layer_ids, dims.num_layers)
     if config.max_target_length > dims.max_length:
         raise TargetError(
-            f"max_target_length={config.max_target_length} is longer than the target's "
-            f"max_position_embeddings={dims.max_length}"
+            f"max_target_length={config.max_target_length} is longer than the {dims.max_length} "
+            f"positions of the target (max_position_embeddings, with longrope the original ones)"
         )
     return Target(path, hf_config, dims, capture, target_checkpoint.target_fingerprint(path))
 
 
 def wanted_head_dims(config: Config, target: DecoderDims) -> HeadDims:
-    """The head's dimensions: the target's, where the config does not say otherwise.
+    """The head's dimensions: those of draft_shape, where the config does not say otherwise.
 
     A warm start keeps the rotary embedding and the epsilon that its head was trained with.
     """
-    head_dim = config.draft_head_dim or target.head_dim
+    shape = draft_shape(target)
+    head_dim = config.draft_head_dim or shape.head_dim
     dims = HeadDims(
         hidden_size=target.hidden_size,
-        intermediate_size=config.draft_intermediate_size or target.intermediate_size,
-        num_heads=config.draft_num_attention_heads or target.num_heads,
-        num_kv_heads=config.draft_num_key_value_heads or target.num_kv_heads,
+        intermediate_size=config.draft_intermediate_size or shape.intermediate_size,
+        num_heads=config.draft_num_attention_heads or shape.num_heads,
+        num_kv_heads=config.draft_num_key_value_heads or shape.num_kv_heads,
         head_dim=head_dim,
         draft_vocab_size=min(config.draft_vocab_size, target.vocab_size),
         target_vocab_size=target.vocab_size,
         norm_eps=target.norm_eps,
-        rope=dataclasses.replace(target.rope, head_dim=head_dim),
+        rope=dataclasses.replace(shape.rope, head_dim=head_dim),
     )
     if dims.num_heads % dims.num_kv_heads:
         raise ConfigError(
@@ -358,7 +363,7 @@ def vocabulary(run: Run, draft_to_target: np.ndarray) -> DraftVocabulary:
 def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
     """The target's weights, each device reading its own slices, and the draft vocabulary."""
     config, target, mesh = run.config, run.target, run.mesh
-    table = decoder.decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
+    table = decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
     unused = target_checkpoint.unused_tensors(target.path, table)
     if unused:
         say(f"target: {len(unused)} tensors of its files are not used: {', '.join(unused[:8])} ...")

@@ -6,26 +6,30 @@ from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers import params
 from MaxDraft.layers.rope import Rope
-from MaxDraft.targets import decoder
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.targets.dims import Attention, DecoderDims, Layer, Mlp
+from MaxDraft.targets.table import decoder_params
 
 ROPE = Rope(theta=10000.0, head_dim=8)
 CAPTURE = (1, 2, 4)
 
 
+def llama(
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope: Rope = ROPE,
+) -> DecoderDims:
+    """A Llama: every layer the same."""
+    layer = Layer(Attention(num_heads, num_kv_heads, head_dim, rope), Mlp(intermediate_size))
+    return DecoderDims(vocab_size, hidden_size, 1e-6, 256, (layer,) * num_layers)
+
+
 def tiny_dims(vocab_size: int = 12) -> DecoderDims:
-    return DecoderDims(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=6,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        norm_eps=1e-6,
-        rope=ROPE,
-        max_length=256,
-    )
+    return llama(vocab_size, 32, 48, 6, 4, 2, 8)
 
 
 def tiny_head_dims(target: DecoderDims, draft_vocab_size: int) -> HeadDims:
@@ -43,7 +47,7 @@ def tiny_head_dims(target: DecoderDims, draft_vocab_size: int) -> HeadDims:
 
 
 def random_target(dims: DecoderDims, seed: int = 0):
-    return params.initialize(decoder.decoder_params(dims, CAPTURE, jnp.float32), seed)
+    return params.initialize(decoder_params(dims, CAPTURE, jnp.float32), seed)
 
 
 def random_head(dims: HeadDims, seed: int = 1):

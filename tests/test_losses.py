@@ -5,6 +5,7 @@ import itertools
 
 import harness
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import reference
@@ -158,7 +159,7 @@ def test_the_teacher_over_the_full_vocabulary_equals_dense_logits(tied, block):
     params = {"embed": jnp.asarray(weight.T)} | ({} if tied else {"head": jnp.asarray(weight)})
     if not tied:
         params["embed"] = -params["embed"]  # not to be read
-    best, log_norm = decoder.full_vocabulary(params, jnp.asarray(last), block)
+    best, log_norm = decoder.full_vocabulary(params, models.tiny_dims(), jnp.asarray(last), block)
     logits = last.astype(np.float64) @ weight
     np.testing.assert_array_equal(best, logits.argmax(-1))
     np.testing.assert_allclose(log_norm, np.log(np.exp(logits).sum(-1)), rtol=1e-5)

@@ -61,7 +61,7 @@ def test_where_replies_part_is_reported_with_the_targets_preference():
     found = measure._first_difference(target, params, 3, [1, 2, 3], [4, 5, 6], [4, 5, 7])
     text = jnp.array([[1, 2, 3, 4, 5]])
     _, last, _ = jax.jit(target.extend)(params, target.empty_cache(1, 5), text, jnp.arange(5)[None])
-    logits = decoder.logits(params, last)[0, -1]
+    logits = decoder.logits(params, TARGET, last)[0, -1]
     assert (found["prompt"], found["token"]) == (3, 2)
     assert found["logit_gap"] == pytest.approx(float(logits[6] - logits[7]), rel=1e-5)
 

@@ -144,7 +144,7 @@ def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(p
         _, _, last = decoder.features(
             target_params, tokens, jnp.arange(64)[None], ones, TARGET, CAPTURE, jnp.float32, 64
         )
-        return jnp.argmax(decoder.logits(target_params, last)[0], -1)
+        return jnp.argmax(decoder.logits(target_params, TARGET, last)[0], -1)
 
     for prompt, length, tokens, count, verify_steps, accepted in zip(
         prompts,
@@ -267,7 +267,7 @@ def test_sampled_decoding_follows_the_targets_distribution(pair):
             jnp.float32,
             16,
         )
-        logits = np.asarray(decoder.logits(target_params, last))[0, -1] / temperature
+        logits = np.asarray(decoder.logits(target_params, TARGET, last))[0, -1] / temperature
         weights = np.exp(logits - logits.max())
         return weights / weights.sum()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import yaml
@@ -21,30 +22,19 @@ from MaxDraft.layers.params import Param
 from MaxDraft.layers.rope import Rope
 from MaxDraft.sharding import ShardingError, axis_rules, constrain
 from MaxDraft.targets import decoder
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.targets.table import decoder_params
 
 BASE = yaml.safe_load((Path(__file__).parents[1] / "configs" / "base.yml").read_text())
 RULES = BASE["logical_axis_rules"]
 AXES = tuple(BASE["mesh_axes"])
-LAYOUTS = {"replicated": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
+LAYOUTS = {"replicated": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "tensor": (1, 1, 1, 8), "mixed": (2, 2, 1, 2)}
 
 B, T, K, V = 8, 12, 2, 32
 ROPE = Rope(theta=10000.0, head_dim=4)
-TARGET = DecoderDims(
-    vocab_size=V,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=4,
-    norm_eps=1e-6,
-    rope=ROPE,
-    max_length=64,
-)
+TARGET = models.llama(V, 16, 32, 4, 8, 8, 4, ROPE)
 CAPTURE = (0, 1, 2)
 HEAD = HeadDims(16, 32, 8, 8, 4, 16, V, 1e-6, ROPE)
-TABLES = (head_params(HEAD), decoder.decoder_params(TARGET, CAPTURE, jnp.float32))
+TABLES = (head_params(HEAD), decoder_params(TARGET, CAPTURE, jnp.float32))
 
 needs_eight = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs eight devices")
 
@@ -62,7 +52,7 @@ def losses_of(params, target, batch):
         jnp.float32,
         5,
     )
-    best, log_norm = decoder.full_vocabulary(target, last, 5)
+    best, log_norm = decoder.full_vocabulary(target, TARGET, last, 5)
     embeddings, features, teacher = jax.tree.map(
         lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)),
         (embeddings, features, Teacher(last, best, log_norm)),
@@ -105,7 +95,7 @@ def on_one_device():
 @needs_eight
 @pytest.mark.parametrize("layout", ["replicated", "fsdp", "tensor"])
 def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
-    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1, 1))
     placements = [parameters.shardings(table, mesh, RULES) for table in TABLES]
     arguments = [
         jax.device_put(tree, placement)
@@ -130,12 +120,12 @@ def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
 @needs_eight
 @pytest.mark.parametrize(
     ("layout", "shares"),
-    [("replicated", (1, 1)), ("fsdp", (8, 8)), ("tensor", (8, 8)), ("mixed", (4, 4))],
+    [("replicated", (1, 1)), ("fsdp", (8, 8)), ("expert", (8, 8)), ("tensor", (8, 8)), ("mixed", (4, 4))],
 )
 def test_a_layout_splits_the_matrices_over_its_devices(layout, shares):
-    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1, 1))
     for table, matrix, share in zip(
-        TABLES, (lambda p: p["q"], lambda p: p["layers"][0]["q"]), shares, strict=True
+        TABLES, (lambda p: p["q"], lambda p: p["layers"][0][0]["q"]), shares, strict=True
     ):
         placement = matrix(parameters.shardings(table, mesh, RULES))
         shape = matrix(table).full_shape
@@ -145,7 +135,7 @@ def test_a_layout_splits_the_matrices_over_its_devices(layout, shares):
 @needs_eight
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_drafts_batch_is_split_over_every_device(layout):
-    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1, 1))
     with axis_rules(mesh, RULES):
         out = jax.jit(lambda x: constrain(x, "draft_batch", None))(jnp.zeros((16, 3)))
     assert out.sharding.shard_shape(out.shape) == (2, 3)
@@ -155,7 +145,7 @@ def test_the_drafts_batch_is_split_over_every_device(layout):
 def test_constrain_is_the_identity_where_no_rules_are_active():
     x = jnp.ones((3, 5))  # 3 rows, which eight devices could not share
     assert constrain(x, "draft_batch", None) is x
-    mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (-1, 1, 1, 1), (1, 1, 1, 1))
     with axis_rules(mesh, RULES):
         pass
     assert constrain(x, "draft_batch", None) is x
@@ -163,7 +153,7 @@ def test_constrain_is_the_identity_where_no_rules_are_active():
 
 @needs_eight
 def test_a_dimension_that_the_devices_do_not_divide_is_an_error_naming_parameter_and_axis():
-    mesh = sharding.make_mesh(AXES, (1, 8, 1), (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (1, 8, 1, 1), (1, 1, 1, 1))
     table = {"mlp": {"up": Param((12, 8), ("target_embed", "target_mlp"), "up")}}
     with pytest.raises(ShardingError, match=r"mlp/up.*\(12, 8\).*12 cannot.* 8 devices.*fsdp"):
         parameters.shardings(table, mesh, RULES)
@@ -172,8 +162,8 @@ def test_a_dimension_that_the_devices_do_not_divide_is_an_error_naming_parameter
 @needs_eight
 def test_features_are_right_where_more_devices_than_key_heads_share_a_layer():
     # 2 key/value heads of size 4 make 8 columns, which 8 devices can share though the heads cannot.
-    dims = dataclasses.replace(TARGET, num_kv_heads=2)
-    table = decoder.decoder_params(dims, CAPTURE, jnp.float32)
+    dims = models.llama(V, 16, 32, 4, 8, 2, 4, ROPE)
+    table = decoder_params(dims, CAPTURE, jnp.float32)
     target, batch = parameters.initialize(table, 0), batch_of_two_documents_a_row()
 
     def features(target, batch):
@@ -181,7 +171,7 @@ def test_features_are_right_where_more_devices_than_key_heads_share_a_layer():
         return decoder.features(target, *arrays, dims, CAPTURE, jnp.float32, 5)[1]
 
     expected = jax.jit(lambda *args: features(*args))(target, batch)
-    mesh = sharding.make_mesh(AXES, (1, 1, 8), (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (1, 1, 8), (1, 1, 1, 1))
     placed = jax.device_put(target, parameters.shardings(table, mesh, RULES))
     with axis_rules(mesh, RULES):
         ours = jax.jit(features)(placed, batch)
@@ -201,14 +191,14 @@ def test_parallelism_that_does_not_multiply_to_the_devices_is_an_error_with_the_
 
 
 def test_a_mesh_axis_on_two_dimensions_of_an_array_is_an_error_naming_it():
-    mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (-1, 1, 1, 1), (1, 1, 1, 1))
     rules = [["a", ["data", "fsdp"]], ["b", ["fsdp"]]]
     with pytest.raises(ShardingError, match=r"'fsdp'.*two dimensions"):
         sharding.named_sharding(mesh, rules, ("a", "b"))
 
 
 def test_logical_axes_become_mesh_axes_by_the_rules():
-    mesh = sharding.make_mesh(AXES, (-1, 1, 1), (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (-1, 1, 1, 1), (1, 1, 1, 1))
     rules = [["a", ["data", "fsdp"]], ["b", ["tensor"]], ["c", []]]
     found = sharding.named_sharding(mesh, rules, (None, "a", "b"))
     assert found == NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
@@ -218,7 +208,7 @@ def test_logical_axes_become_mesh_axes_by_the_rules():
 @needs_eight
 def test_a_parameters_draw_does_not_depend_on_the_mesh():
     table, alone = TABLES[0], initial()[0]
-    mesh = sharding.make_mesh(AXES, (1, 4, 2), (1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (1, 4, 2), (1, 1, 1, 1))
     placement = parameters.shardings(table, mesh, RULES)
     drawn = jax.jit(lambda: parameters.initialize(table, 0), out_shardings=placement)()
     for mine, theirs in zip(jax.tree.leaves(drawn), jax.tree.leaves(alone), strict=True):

@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 
 from MaxDraft.layers import params as parameters
-from MaxDraft.targets import decoder, registry
+from MaxDraft.targets import plan, registry
+from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target import build, corpus, tokenizer, train_target
 from MaxDraft.tiny_target.build import Recipe, ensure_tiny_target
 from MaxDraft.tiny_target.train_target import Training
@@ -172,14 +173,14 @@ def test_the_config_suits_every_engine(made):
     assert config["num_key_value_heads"] >= 2
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     layers = config["num_hidden_layers"]
-    assert decoder.check_capture((), layers) == (1, layers // 2 - 1, layers - 4)
+    assert plan.check_capture((), layers) == (1, layers // 2 - 1, layers - 4)
 
 
 def test_the_weights_are_all_there_under_their_names(made):
     config = json.loads((made[0].target_path / "config.json").read_text())
     tensors = safetensors.numpy.load_file(made[0].target_path / "model.safetensors")
     dims = registry.dims_from_config(config)
-    table = decoder.decoder_params(dims, decoder.default_capture(dims.num_layers))
+    table = decoder_params(dims, plan.default_capture(dims.num_layers))
     expected = {
         param.tensor.format(layer=layer): param.shape[::-1] if param.transposed else param.shape
         for _, param in parameters.flatten(table)

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CAPTURE, random_head, random_target, tiny_dims, tiny_head_dims
+from models import CAPTURE, llama, random_head, random_target, tiny_dims, tiny_head_dims
 
 from MaxDraft import flops, pyconfig, sharding
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers.rope import Rope
-from MaxDraft.targets.decoder import DecoderDims
 from MaxDraft.train_step import Frozen, learning_rate_schedule, make_programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +215,7 @@ def test_flops_are_those_of_the_published_cost_table():
     # Llama-3.1-8B, K = 7, D = 32,000, T = 2048; GFLOP per token as in the method's cost table.
     rope = Rope(5e5, 128)
     parts = flops.per_token(
-        DecoderDims(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, rope, 131072),
+        llama(128256, 4096, 14336, 32, 32, 8, 128, rope),
         HeadDims(4096, 14336, 32, 8, 128, 32000, 128256, 1e-5, rope),
         7,
         2048,

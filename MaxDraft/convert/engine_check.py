@@ -29,7 +29,7 @@ from MaxDraft.drafts.rollout import rollout
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.decoder import TargetError
+from MaxDraft.targets.dims import TargetError
 
 CHAIN_ROWS = (1, 4, 9, 16)  # rows before each chain
 POSITIONS = 512  # the rows lie this far apart at most: far enough to see a lost rope scaling

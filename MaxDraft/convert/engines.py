@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.targets.decoder import default_capture
+from MaxDraft.targets.plan import default_capture
 
 STEPS = 3  # draft tokens of the chain in the printed commands
 _SGLANG_JAX = {"llama", "phi3", "internlm3", "qwen3"}

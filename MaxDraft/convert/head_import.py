@@ -24,7 +24,8 @@ from MaxDraft.drafts.eagle3 import HeadDims, head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.decoder import TargetError, default_capture
+from MaxDraft.targets.dims import TargetError
+from MaxDraft.targets.plan import default_capture
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # The engines' default, which a head without rope_theta has been served with.

@@ -27,7 +27,9 @@ from MaxDraft.targets.dims import (
 from MaxDraft.targets.plan import runs
 
 EMBED, HEADS, KV_HEADS = "target_embed", "target_heads", "target_kv_heads"
-EXPERTS, EXPERT_MLP, MLP = "target_experts", "target_expert_mlp", "target_mlp"
+MLP = "target_mlp"
+# Experts are split by axes of their own: their mesh axis also splits the other matrices' embed.
+EXPERTS, EXPERT_EMBED, EXPERT_MLP = "target_experts", "target_expert_embed", "target_expert_mlp"
 
 NAMES = {
     "attention_norm": "input_layernorm.weight",
@@ -257,9 +259,9 @@ class _Layer:
 
         table = {
             "router": self.matrix("experts/router", H, E, (None, None)),
-            "gate": stack("gate", (H, I), (EMBED, EXPERT_MLP)),
-            "up": stack("up", (H, I), (EMBED, EXPERT_MLP)),
-            "down": stack("down", (I, H), (EXPERT_MLP, EMBED)),
+            "gate": stack("gate", (H, I), (EXPERT_EMBED, EXPERT_MLP)),
+            "up": stack("up", (H, I), (EXPERT_EMBED, EXPERT_MLP)),
+            "down": stack("down", (I, H), (EXPERT_MLP, EXPERT_EMBED)),
         }
         if e.bias:
             table["gate_bias"] = stack("gate_bias", (I,), (EXPERT_MLP,), "zeros", False)

@@ -21,7 +21,8 @@ import optax
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets import decoder
-from MaxDraft.targets.decoder import DecoderDims
+from MaxDraft.targets.dims import DecoderDims
+from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target.tokenizer import Encoded
 
 Log = Callable[[str], None]
@@ -49,7 +50,7 @@ class Training:
 
 def table_of(dims: DecoderDims) -> Tree:
     """Parameter table with all layers in one stack: nothing is captured here, so nothing is cut."""
-    return decoder.decoder_params(dims, (dims.num_layers - 1,), jnp.float32)
+    return decoder_params(dims, (dims.num_layers - 1,), jnp.float32)
 
 
 def train(dims: DecoderDims, data: Sequence[Encoded], how: Training, log: Log) -> Tree:
@@ -96,7 +97,7 @@ def _initialize(dims: DecoderDims, seed: int) -> Tree:
     transpose: a copied embedding already points at its own token, also where the token is rare.
     """
     params = parameters.initialize(table_of(dims), seed)
-    layers = dict(params["layers"][0])
+    layers = dict(params["layers"][0][0])
     branch = (2 * dims.num_layers) ** -0.5  # two branches a layer add up along the stream
     layers["o"] = layers["o"] * branch
     layers["mlp"] = {**layers["mlp"], "down": layers["mlp"]["down"] * branch}
@@ -104,7 +105,7 @@ def _initialize(dims: DecoderDims, seed: int) -> Tree:
     return {
         **params,
         "embed": EMBEDDING_SCALE * unit,
-        "layers": (layers,),
+        "layers": ((layers,),),
         "head": (HEAD_SCALE * dims.hidden_size**-0.5) * unit.T,
     }
 
@@ -141,7 +142,7 @@ def _loss(params: Tree, dims: DecoderDims, batch: Batch) -> jax.Array:
         jnp.float32,
         batch["tokens"].shape[1],
     )
-    scores = decoder.logits(params, last[:, :-1])  # [B, T - 1, V]
+    scores = decoder.logits(params, dims, last[:, :-1])  # [B, T - 1, V]
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["tokens"][:, 1:])
     weights = batch["weights"][:, 1:] * (segments[:, 1:] == segments[:, :-1])
     return (losses * weights).sum() / weights.sum()

@@ -1,0 +1,98 @@
+"""Every family decodes with its cache as it reads packed documents, and drafts change nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import recipe
+
+from MaxDraft.decoding.generate import TargetModel, decode_plain
+from MaxDraft.decoding.speculative import DraftModel, decode_speculative
+from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.layers import params as parameters
+from MaxDraft.targets import decoder
+from MaxDraft.targets.draft_shape import draft_shape
+from MaxDraft.targets.plan import check_capture
+from MaxDraft.targets.registry import dims_from_config
+from MaxDraft.targets.table import decoder_params
+
+# One of each kind of cache, mask and mixture; windows and chunks end within the text.
+FAMILIES = (
+    "deepseek_v3",
+    "gemma3_text",
+    "glm4_moe_lite",
+    "gpt_oss",
+    "llama4_scout",
+    "mistral_window",
+    "qwen3_5_text",
+    "qwen3_next",
+)
+LENGTH = 130
+DRAFT_VOCABULARY = 50
+
+
+@functools.cache
+def target(family):
+    dims = dims_from_config(recipe.CONFIGS[family])
+    capture = check_capture((), dims.num_layers)
+    params = parameters.initialize(decoder_params(dims, capture, jnp.float32), 0)
+    return TargetModel(dims, capture, jnp.float32), params
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_fed_piece_by_piece_gives_the_features_of_the_whole(family):
+    model, params = target(family)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, LENGTH)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    _, features, last = jax.jit(
+        lambda p: decoder.features(
+            p, tokens, positions, positions * 0, model.dims, model.capture, jnp.float32, 64
+        )
+    )(params)
+
+    extend, cache = jax.jit(model.extend), model.empty_cache(2, LENGTH)
+    # The first piece ends with two tokens that are refused: they are fed again, as others.
+    wrong = tokens[:, :122].at[:, 120:].add(1) % model.dims.vocab_size
+    found = [extend(params, cache, wrong, positions[:, :122])]
+    for at in range(120, LENGTH, 5):
+        piece = slice(at, at + 5)
+        found.append(extend(params, found[-1][2], tokens[:, piece], positions[:, piece]))
+    for whole, number in ((features, 0), (last, 1)):
+        pieces = [found[0][number][:, :120], *(part[number] for part in found[1:])]
+        np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_replies_are_the_same_with_drafts_and_without(family):
+    model, params = target(family)
+    shape = draft_shape(model.dims)
+    head_dims = HeadDims(
+        model.dims.hidden_size,
+        shape.intermediate_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        DRAFT_VOCABULARY,
+        model.dims.vocab_size,
+        model.dims.norm_eps,
+        shape.rope,
+    )
+    head = parameters.initialize(head_params(head_dims), 1)
+    rng = np.random.default_rng(1)
+    prompts = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, 20)), jnp.int32)
+    lengths = jnp.asarray([20, 13])
+    how = {"max_new_tokens": 24, "stop_ids": (0,), "temperature": 0.0}
+    plain = jax.jit(functools.partial(decode_plain, model, **how))(
+        params, prompts, lengths, jax.random.key(0)
+    )
+    drafted = jax.jit(
+        functools.partial(
+            decode_speculative, model, DraftModel(head_dims, jnp.float32), draft_steps=3, **how
+        )
+    )(params, head, jnp.arange(DRAFT_VOCABULARY), prompts, lengths, jax.random.key(0))
+    np.testing.assert_array_equal(plain.length, drafted.length)
+    for row, length in enumerate(plain.length):
+        np.testing.assert_array_equal(plain.tokens[row, :length], drafted.tokens[row, :length])

@@ -1,0 +1,78 @@
+"""A head is plain grouped-query attention and an MLP, whatever its target is made of."""
+
+import dataclasses
+
+from goldens import recipe
+
+from MaxDraft.layers.experts import Experts, Router
+from MaxDraft.layers.rope import Rope
+from MaxDraft.targets.dims import Attention, DecoderDims, LatentAttention, Layer, Mlp
+from MaxDraft.targets.draft_shape import draft_shape
+from MaxDraft.targets.registry import dims_from_config
+
+ROPE = Rope(theta=10000.0, head_dim=128)
+YARN = Rope(5e5, 128, "yarn", factor=8.0, original_length=4096, cos_scale=1.2)
+GQA = Attention(32, 8, 128, ROPE)
+
+
+def target(*layers, hidden_size=4096):
+    return DecoderDims(1000, hidden_size, 1e-6, 4096, layers)
+
+
+def test_a_dense_target_gives_its_own_heads_width_and_rotary_embedding():
+    shape = draft_shape(target(Layer(dataclasses.replace(GQA, rope=YARN), Mlp(14336))))
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 8, 128)
+    assert shape.intermediate_size == 14336
+    assert shape.rope == YARN
+
+
+def test_latent_attention_becomes_heads_of_128_that_fill_the_hidden_size():
+    latent = LatentAttention(128, 1536, 512, 128, 64, 128, ROPE, 1.0)
+    shape = draft_shape(target(Layer(latent, Mlp(18432)), hidden_size=7168))
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (56, 8, 128)
+    shape = draft_shape(target(Layer(latent, Mlp(18432)), hidden_size=128 * 20))
+    assert (shape.num_heads, shape.num_kv_heads) == (20, 5)
+
+
+def test_experts_alone_give_the_width_that_a_token_passes_through():
+    moe = Experts(128, 768, Router(8))
+    assert draft_shape(target(Layer(GQA, moe))).intermediate_size == 8 * 768
+    shared = dataclasses.replace(moe, shared_size=1000)
+    assert draft_shape(target(Layer(GQA, shared))).intermediate_size == 8 * 768 + 1000
+    # A dense layer says what width the model's makers think right.
+    mixed = target(Layer(GQA, moe), Layer(GQA, Mlp(6144)))
+    assert draft_shape(mixed).intermediate_size == 6144
+
+
+def test_no_head_has_a_single_key_head():
+    one = dataclasses.replace(GQA, num_kv_heads=1)
+    assert draft_shape(target(Layer(one, Mlp(64)))).num_kv_heads == 2
+
+
+def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
+    def rope_for(*ropes, windows=None):
+        windows = windows or [0] * len(ropes)
+        layers = [
+            Layer(dataclasses.replace(GQA, rope=rope, window=window), Mlp(64))
+            for rope, window in zip(ropes, windows, strict=True)
+        ]
+        return draft_shape(target(*layers)).rope
+
+    partial = dataclasses.replace(ROPE, head_dim=64, interleaved=True)
+    assert rope_for(partial) == ROPE  # all of a head, in the usual layout
+    mscale = dataclasses.replace(YARN, cos_scale=1.0)  # DeepSeek: the scores are scaled instead
+    assert rope_for(mscale) == Rope(5e5, 128)
+    longrope = Rope(1e4, 128, "longrope", factors=(1.0,) * 64, cos_scale=1.2)
+    assert rope_for(longrope) == ROPE
+    # The layers that see everything decide; layers without positions cannot.
+    wide = dataclasses.replace(ROPE, theta=1e6)
+    assert rope_for(ROPE, wide, windows=[512, 0]) == wide
+    assert rope_for(None, ROPE) == ROPE
+
+
+def test_every_golden_family_has_a_head():
+    for config in recipe.CONFIGS.values():
+        shape = draft_shape(dims_from_config(config))
+        assert shape.num_heads % shape.num_kv_heads == 0
+        assert shape.num_kv_heads >= 2
+        assert shape.rope.head_dim == shape.head_dim
