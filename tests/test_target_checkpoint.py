@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from MaxDraft import pyconfig, sharding
+from MaxDraft.convert import loading
+from MaxDraft.convert.loading import Source, load_parameters
 from MaxDraft.convert.safetensors_files import (
     INDEX,
     SINGLE,
     CheckpointError,
-    StoredTensor,
     open_safetensors,
 )
 from MaxDraft.convert.target_checkpoint import (
@@ -32,8 +33,8 @@ from MaxDraft.convert.target_checkpoint import (
     target_fingerprint,
     unused_tensors,
 )
-from MaxDraft.layers.params import flatten, shardings
-from MaxDraft.targets import decoder
+from MaxDraft.layers.params import Param, Part, Stored, flatten, shardings
+from MaxDraft.targets.table import decoder_params
 
 BASE_YML = Path(__file__).parent.parent / "configs" / "base.yml"
 DIMS = models.tiny_dims(vocab_size=32)
@@ -47,7 +48,7 @@ LLAMA3 = {
 
 
 def table(dtype=jnp.float32, dims=DIMS):
-    return decoder.decoder_params(dims, models.CAPTURE, dtype)
+    return decoder_params(dims, models.CAPTURE, dtype)
 
 
 def random_tensors(dtype=np.float32, seed=0):
@@ -114,7 +115,7 @@ def test_a_slice_reads_as_the_whole_does(tmp_path, dtype):
     index = (slice(3, 69), slice(2, 5))
     np.testing.assert_array_equal(stored.read(index), whole[index])
     out = np.empty((3, 66), np.float32)
-    stored.copy_to(out, index, transposed=True)
+    Source(stored, Stored("w", True), (9, 70), False).copy_to(out, (range(2, 5), range(3, 69)))
     np.testing.assert_array_equal(out, whole[index].T.astype(np.float32))
 
 
@@ -227,6 +228,50 @@ def test_what_config_json_leaves_out_has_its_usual_meaning():
     check_target_config(named, typed, "a.yml")
 
 
+GEMMA_OLD = {
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+GEMMA_NEW = {
+    "rope_parameters": {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+}
+
+
+@pytest.mark.parametrize("expected", [GEMMA_OLD, GEMMA_NEW, {"rope_theta": 1e6}])
+@pytest.mark.parametrize(
+    "found", [GEMMA_OLD, GEMMA_NEW, {"rope_scaling": GEMMA_OLD["rope_scaling"]}]
+)
+def test_two_rotary_embeddings_in_any_spelling_say_the_same(expected, found):
+    of = {"model_type": "gemma3_text"}
+    check_target_config(of | expected, of | found, "a.yml")
+    other = {**found, "rope_local_base_freq": 2e4, "rope_parameters": None}
+    if "rope_scaling" not in other:
+        other |= GEMMA_OLD | {"rope_local_base_freq": 2e4}
+    with pytest.raises(CheckpointError, match=r"sliding_attention\.rope_theta.*10000.*20000"):
+        check_target_config(of | expected, of | other, "a.yml")
+
+
+@pytest.mark.parametrize("place", ["top", "parameters"])
+def test_a_partial_rotary_embedding_is_compared_wherever_it_stands(place):
+    partial = {"partial_rotary_factor": 0.5}
+    found = {"rope_theta": 1e4, **partial}
+    found = found if place == "top" else {"rope_parameters": found}
+    for expected in (partial, {"rope_theta": 1e4}, {"rope_parameters": {**partial}}):
+        check_target_config(expected, found, "a.yml")
+    with pytest.raises(CheckpointError, match=r"partial_rotary_factor.* has 0\.25"):
+        check_target_config({"partial_rotary_factor": 0.25}, found, "a.yml")
+
+
+def test_fields_that_transformers_renamed_are_one_field():
+    check_target_config({"num_experts": 8}, {"num_local_experts": 8}, "a.yml")
+    check_target_config({"hidden_act": "gelu"}, {"hidden_activation": "gelu"}, "a.yml")
+    check_target_config({"attention_bias": True}, {"model_type": "glm4"}, "a.yml")
+
+
 def test_a_frozen_model_file_compares_as_json_does():
     expected = MappingProxyType({"eos_token_id": (1, 2), "rope_scaling": MappingProxyType(LLAMA3)})
     check_target_config(expected, {"eos_token_id": [1, 2], "rope_scaling": LLAMA3}, "a.yml")
@@ -284,14 +329,14 @@ def test_a_target_loads_on_one_device(tmp_path, stored, dtype):
     assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(loaded))
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 4), (2, 2, 2), (8, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 1, 4), (2, 1, 2, 2), (8, 1, 1, 1)])
 def test_a_target_loads_under_the_rules_of_base_yml(tmp_path, shape):
     rules = pyconfig.initialize(["test", str(BASE_YML)]).logical_axis_rules
     tensors = random_tensors(ml_dtypes.bfloat16)
     save_shards(tmp_path, tensors)
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     params = table(jnp.bfloat16)
-    placement = shardings(params, Mesh(devices, ("data", "fsdp", "tensor")), rules)
+    placement = shardings(params, Mesh(devices, ("data", "fsdp", "expert", "tensor")), rules)
     loaded = load_target(tmp_path, params, placement)
     assert_is(loaded, params, tensors)
     for leaf, place in zip(jax.tree.leaves(loaded), jax.tree.leaves(placement), strict=True):
@@ -301,13 +346,13 @@ def test_a_target_loads_under_the_rules_of_base_yml(tmp_path, shape):
 def test_replicas_are_read_once_and_shards_only_their_part(tmp_path, monkeypatch):
     save_file(random_tensors(), tmp_path / SINGLE)
     read = []
-    copy_to = StoredTensor.copy_to
+    copy_to = Source.copy_to
 
-    def counting(self, out, index, transposed):
-        read.append((self.name, out.size))
-        copy_to(self, out, index, transposed)
+    def counting(self, out, ranges):
+        read.append((self.tensor.name, out.size))
+        copy_to(self, out, ranges)
 
-    monkeypatch.setattr(StoredTensor, "copy_to", counting)
+    monkeypatch.setattr(Source, "copy_to", counting)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "fsdp"))
     params = table()
     rules = [("target_embed", ["fsdp"])]
@@ -335,15 +380,20 @@ def test_all_missing_and_misshaped_tensors_are_in_one_error(tmp_path):
     assert "model.layers.1.self_attn.k_proj.weight: dtype I32" in text
 
 
-def test_an_fp8_tensor_is_refused_by_name_and_dtype(tmp_path):
+def test_integers_are_no_weights(tmp_path):
     tensors = random_tensors()
     name = "model.layers.2.mlp.down_proj.weight"
-    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, tmp_path / SINGLE)
-    with pytest.raises(CheckpointError, match=rf"{name}: dtype F8_E4M3.*not quantised"):
+    with pytest.raises(CheckpointError, match=rf"{name}: dtype I8.*not quantised"):
         load_target(tmp_path, table())
-    with pytest.raises(CheckpointError, match="F8_E4M3, which cannot be read"):
-        open_safetensors(tmp_path)[name].read()
+
+
+def test_a_dtype_that_numpy_has_not_is_refused_by_name(tmp_path):
+    header = b'{"w": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}'
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"w in .* has dtype F4, which cannot be read"):
+        open_safetensors(tmp_path)["w"].read()
 
 
 def test_a_tied_head_may_or_may_not_have_its_second_copy(tmp_path):
@@ -365,14 +415,136 @@ def test_a_tied_head_may_or_may_not_have_its_second_copy(tmp_path):
         load_target(tmp_path, table())
 
 
-def test_tensors_that_nothing_reads_are_listed(tmp_path):
+def test_tensors_that_nothing_reads_are_listed_in_groups(tmp_path):
+    one = np.ones(1, np.float32)
     extra = {
-        "model.layers.6.mlp.up_proj.weight": np.ones((48, 32), np.float32),
-        "model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "model.layers.6.mlp.up_proj.weight": one,
+        "model.layers.6.enorm.weight": one,
+        "model.layers.0.self_attn.q_proj.bias": one,
+        "model.layers.1.self_attn.q_proj.bias": one,
+        "model.layers.0.self_attn.rotary_emb.inv_freq": one,
+        "model.layers.0.self_attn.q_proj.input_scale": one,
+        "model.layers.0.self_attn.k_proj.input_scale": one,
+        "model.vision_tower.blocks.0.weight": one,
+        "mtp.layers.0.weight": one,
+        "mtp.norm.weight": one,
     }
     save_file({**random_tensors(), **extra}, tmp_path / SINGLE)
-    assert unused_tensors(tmp_path, table()) == sorted(extra)[:1] + sorted(extra)[2:]
+    assert unused_tensors(tmp_path, table()) == [
+        "*.input_scale (of activations, which are not quantised here): 2 tensors",
+        "model.layers.*.self_attn.q_proj.bias: 2 tensors",
+        "model.layers.6.* (layer beyond the target's 6, multi-token prediction): 2 tensors",
+        "model.vision_tower.*: 1 tensor",
+        "mtp.*: 2 tensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [
+        ("language_model.model.", "language_model.lm_head."),
+        ("model.language_model.", "lm_head."),
+        ("language_model.", "language_model.lm_head."),
+    ],
+)
+def test_the_text_side_of_a_multimodal_checkpoint_is_found(tmp_path, body, head):
+    tensors = random_tensors()
+    named = {
+        name.replace("model.", body, 1).replace("lm_head.", head): w for name, w in tensors.items()
+    }
+    named["vision_tower.blocks.0.weight"] = named["vision_tower.blocks.1.weight"] = np.ones(2)
+    save_file(named, tmp_path / SINGLE)
+    assert_is(load_target(tmp_path, table()), table(), tensors)
+    assert unused_tensors(tmp_path, table()) == [
+        f"only the language model, {body}*, is read",
+        "vision_tower.*: 2 tensors",
+    ]
+
+
+# ---------------------------------------------------------------------- ways to hold a parameter
+E, IN, OUT = 4, 6, 10
+
+
+def load_one(folder, tensors, param, placement=None):
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / SINGLE)
+    return np.asarray(load_parameters(folder, open_safetensors(folder), param, placement))
+
+
+@pytest.mark.parametrize("per_expert", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("part", [None, Part(0, 20), Part(10, 20), Part(0, 20, 2), Part(1, 20, 2)])
+def test_experts_load_as_the_files_hold_them(tmp_path, per_expert, transposed, part):
+    name = "layers.{layer}.experts." + ("{expert}.w" if per_expert else "w")
+    total = part.total if part else OUT
+    whole = np.random.default_rng(0).standard_normal((2, E, IN, total), np.float32)
+    tensors = {}
+    for at, layer in enumerate((3, 5)):
+        stored = whole[at].swapaxes(-1, -2) if transposed else whole[at]
+        if per_expert:
+            tensors |= {f"layers.{layer}.experts.{e}.w": stored[e] for e in range(E)}
+        else:
+            tensors[f"layers.{layer}.experts.w"] = stored
+    expected = whole
+    if part:
+        expected = whole[..., part.start : part.start + OUT * part.step : part.step]
+    axes = ("target_experts", "target_expert_embed", "target_expert_mlp")
+    param = Param((E, IN, OUT), axes, name, transposed=transposed, layers=range(3, 6, 2), part=part)
+    np.testing.assert_array_equal(load_one(tmp_path, tensors, param), expected)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("a", "b", "c"))
+    for spec in [(None, "a", "b"), (None, ("a", "c")), (None, None, None, "c"), (None, None, "a")]:
+        placement = NamedSharding(mesh, PartitionSpec(*spec))
+        np.testing.assert_array_equal(load_one(tmp_path, tensors, param, placement), expected)
+
+
+@pytest.mark.parametrize("part", [None, Part(10, 20), Part(1, 20, 2)])
+def test_biases_of_experts_load_likewise(tmp_path, part):
+    whole = np.random.default_rng(0).standard_normal((E, part.total if part else OUT), np.float32)
+    param = Param((E, OUT), ("target_experts", None), "b", part=part)
+    expected = whole
+    if part:
+        expected = whole[:, part.start : part.start + OUT * part.step : part.step]
+    np.testing.assert_array_equal(load_one(tmp_path, {"b": whole}, param), expected)
+
+
+def test_the_first_way_whose_tensors_are_all_there_is_taken(tmp_path):
+    whole = np.random.default_rng(0).standard_normal((2 * OUT, IN), np.float32)
+    param = Param(
+        (IN, OUT),
+        (None, None),
+        "q.weight",
+        transposed=True,
+        otherwise=(Stored("qkv.weight", True, Part(5, 2 * OUT)), Stored("q_in_out")),
+    )
+    loaded = load_one(tmp_path, {"qkv.weight": whole}, param)
+    np.testing.assert_array_equal(loaded, whole[5:15].T)
+    loaded = load_one(tmp_path, {"qkv.weight": whole, "q.weight": whole[:OUT]}, param)
+    np.testing.assert_array_equal(loaded, whole[:OUT].T)
+    np.testing.assert_array_equal(
+        load_one(tmp_path, {"q_in_out": whole[:OUT].T}, param), whole[:OUT].T
+    )
+    with pytest.raises(CheckpointError, match=r"q\.weight: missing, expected \[10, 6\]"):
+        load_one(tmp_path, {"k.weight": whole}, param)
+    with pytest.raises(CheckpointError, match=r"qkv\.weight: expected \[20, 6\], found \[6, 20\]"):
+        load_one(tmp_path, {"qkv.weight": whole.T}, param)
+
+
+def test_a_convolution_loads_without_its_dimension_of_one(tmp_path):
+    kernel = np.random.default_rng(0).standard_normal((12, 1, 4), np.float32)
+    param = Param((4, 12), (None, None), "conv.weight", transposed=True)
+    loaded = load_one(tmp_path, {"conv.weight": kernel}, param)
+    np.testing.assert_array_equal(loaded, kernel[:, 0].T)
+
+
+@pytest.mark.parametrize("piece", [1, 300, 1000, 1 << 20])
+def test_pieces_of_any_size_make_the_same_parameters(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(loading, "_PIECE", piece)
+    tensors = random_tensors()
+    save_file(tensors, tmp_path / SINGLE)
+    assert_is(load_target(tmp_path, table()), table(), tensors)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("fsdp", "tensor", "data"))
+    rules = [("target_embed", ["fsdp"]), ("target_mlp", ["tensor"]), ("target_vocab", ["tensor"])]
+    placement = shardings(table(), mesh, rules)
+    assert_is(load_target(tmp_path, table(), placement), table(), tensors)
 
 
 def test_names_without_their_prefix_are_not_guessed(tmp_path):

@@ -1,56 +1,127 @@
 """safetensors -> parameters, each device's part straight from the files.
 
-    parameter[layer, in, out] = tensor_of_that_layer[out, in]      (Param.transposed)
+    parameter[layer, in, out] = tensor_of_that_layer[out, in]      (Stored.transposed)
 
 Every device asks for its own index range, the range is turned round where the file holds [out, in],
-and only those bytes are read. One parameter's parts are on the host at a time, never the model.
+and only those bytes are read; quantised numbers are dequantised on the way. A part goes to its
+device one layer at a time, into a buffer that stands there already: the host holds one layer's
+part of one parameter, and nothing else twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from MaxDraft.convert.safetensors_files import WEIGHT_DTYPES, CheckpointError, StoredTensor
-from MaxDraft.layers.params import Param, Tree, flatten
+from MaxDraft.convert.quantization import (
+    FP8,
+    Fp8Tensor,
+    Mxfp4Tensor,
+    Reader,
+    ScaleTensor,
+    WeightTensor,
+    oriented,
+)
+from MaxDraft.convert.safetensors_files import DTYPES, CheckpointError, StoredTensor
+from MaxDraft.layers.params import Param, Stored, Tree, flatten
 
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _SHOWN = 20  # differences listed in one error
+# A transposed or dequantised copy walks the file's rows in strips, so that both sides, and what is
+# computed between them, stay in the CPU's cache.
+_STRIP = 32
+# Bytes that go to a device at once, or one layer where that is more.
+_PIECE = 16 << 20
+
+Ranges = tuple[range, ...]
 
 
-def tensor_names(param: Param) -> list[str]:
-    """Checkpoint names behind one parameter, one per stacked layer."""
-    if param.layers is None:
-        return [param.tensor]
-    return [param.tensor.replace("{layer}", str(layer)) for layer in param.layers]
+# ---------------------------------------------------------------------------------- names, shapes
+def tensor_name(way: Stored, layer: int | None, expert: int | None = None) -> str:
+    """The checkpoint's name for one layer's parameter, or one expert's."""
+    return way.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
-def stored_shape(param: Param) -> tuple[int, ...]:
-    """Shape of one layer's tensor in the file."""
-    return param.shape[::-1] if param.transposed else param.shape
+def tensor_names(param: Param, way: Stored) -> list[str]:
+    """All names behind a parameter: of its layers, and of their experts."""
+    layers = [None] if param.layers is None else param.layers
+    experts = range(param.shape[0]) if per_expert(way) else [None]
+    return [tensor_name(way, layer, expert) for layer in layers for expert in experts]
 
 
-def differences(tensors: Mapping[str, StoredTensor], table: Tree) -> list[str]:
+def per_expert(way: Stored) -> bool:
+    """Whether every expert has a tensor of its own."""
+    return "{expert}" in way.name
+
+
+def find_way(tensors: Mapping[str, WeightTensor], param: Param) -> Stored:
+    """The first way whose tensors are all there; the usual one where there is none."""
+    for way in param.ways:
+        if all(name in tensors for name in tensor_names(param, way)):
+            return way
+    return param.ways[0]
+
+
+def stored_shape(param: Param, way: Stored | None = None) -> tuple[int, ...]:
+    """Shape of one tensor in the file; way None: the usual one."""
+    way = way or param.ways[0]
+    return _as_stored(_piece_shape(param, way), way)
+
+
+def _as_stored(shape: tuple[int, ...], way: Stored) -> tuple[int, ...]:
+    *lead, last = shape
+    shape = (*lead, way.part.total if way.part else last)
+    return (*shape[:-2], shape[-1], shape[-2]) if way.transposed else shape
+
+
+def _piece_shape(param: Param, way: Stored) -> tuple[int, ...]:
+    """What one tensor holds of the parameter."""
+    return param.shape[1:] if per_expert(way) else param.shape
+
+
+def differences(tensors: Mapping[str, WeightTensor], table: Tree) -> list[str]:
     """Every tensor of the table that the files lack, hold in another shape, or as no weight."""
     lines = []
     for _, param in flatten(table):
-        expected = stored_shape(param)
-        for name in tensor_names(param):
+        way = find_way(tensors, param)
+        expected = stored_shape(param, way)
+        for name in tensor_names(param, way):
             if name not in tensors:
                 lines.append(f"{name}: missing, expected {list(expected)}")
-                continue
-            found = tensors[name]
-            if found.shape != expected:
-                lines.append(f"{name}: expected {list(expected)}, found {list(found.shape)}")
-            elif found.dtype not in WEIGHT_DTYPES:
-                lines.append(
-                    f"{name}: dtype {found.dtype} is not {', '.join(WEIGHT_DTYPES)}; take a "
-                    f"checkpoint that is not quantised"
-                )
+            else:
+                problem = _problem(tensors[name], param, way, expected)
+                lines += [problem] if problem else []
     return lines
+
+
+def _problem(
+    tensor: WeightTensor, param: Param, way: Stored, expected: tuple[int, ...]
+) -> str | None:
+    if isinstance(tensor, ScaleTensor):
+        return tensor.of.problem(way.transposed)
+    if _without_ones(tensor.shape) != _without_ones(expected):
+        return f"{tensor.name}: expected {list(expected)}, found {list(tensor.shape)}"
+    if isinstance(tensor, Fp8Tensor | Mxfp4Tensor):
+        return tensor.problem(way.transposed)
+    # What is kept as it lies is no number to convert.
+    if tensor.dtype in WEIGHT_DTYPES or DTYPES.get(tensor.dtype) == param.dtype:
+        return None
+    return (
+        f"{tensor.name}: dtype {tensor.dtype} is not {', '.join(WEIGHT_DTYPES)}; take a "
+        f"checkpoint that is not quantised"
+    )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A convolution's [C, 1, W] holds the same as [C, W]."""
+    return tuple(size for size in shape if size != 1)
 
 
 def listed(lines: list[str]) -> str:
@@ -59,9 +130,10 @@ def listed(lines: list[str]) -> str:
     return "".join(f"\n  {line}" for line in lines[:_SHOWN] + more)
 
 
+# ----------------------------------------------------------------------------------------- reading
 def load_parameters(
     folder: Path,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, WeightTensor],
     table: Tree,
     placement: Tree | None,  # Shardings; None: all on this process' first device
 ) -> Tree:
@@ -80,28 +152,128 @@ def load_parameters(
     return jax.tree.map(lambda p, place: _load(tensors, p, place), table, placement)
 
 
-def _load(tensors: Mapping[str, StoredTensor], param: Param, place: Sharding) -> jax.Array:
-    stored = [tensors[name] for name in tensor_names(param)]
-    parts: dict[tuple, np.ndarray] = {}  # replicas on one host are read once
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One tensor, as what it holds of a parameter: [in, out], [experts, in, out], [size]."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        ranges = tuple(
-            range(*at.indices(size)) for at, size in zip(index, param.full_shape, strict=True)
-        )
-        if ranges not in parts:
-            parts[ranges] = read_part(ranges)
-        return parts[ranges]
+    tensor: WeightTensor
+    way: Stored
+    shape: tuple[int, ...]
+    raw: bool  # quantised numbers stay as they are
 
-    def read_part(ranges: tuple[range, ...]) -> np.ndarray:
+    def copy_to(self, out: np.ndarray, ranges: Ranges) -> None:
+        """out[...] = parameter[ranges], converted to out's dtype."""
+        read, tensor = self._reader(), self.tensor
+        index = tuple(slice(r.start, r.stop) for r in ranges)
+        computed = isinstance(tensor, Fp8Tensor | Mxfp4Tensor) and not self.raw
+        if len(index) < 2 or not (computed or self.way.transposed):
+            out[...] = read(index)
+            return
+        file_rows_last = self.way.transposed or isinstance(tensor, Mxfp4Tensor)
+        for lead, out_lead in _one_by_one(index[:-2]):
+            rows, cols = index[-2:]
+            for at, strip in _strips(cols if file_rows_last else rows):
+                if file_rows_last:
+                    out[(*out_lead, slice(None), at)] = read((*lead, rows, strip))
+                else:
+                    out[(*out_lead, at)] = read((*lead, strip, cols))
+
+    def _reader(self) -> Reader:
+        tensor = self.tensor
+        if isinstance(tensor, Fp8Tensor) and self.raw:
+            tensor = tensor.values
+        if isinstance(tensor, StoredTensor):
+            array = tensor.map().reshape(_as_stored(self.shape, self.way))
+            array = oriented(array, self.way, self.shape)
+            return lambda index: array[index]
+        return tensor.reader(self.way, self.shape)
+
+
+def _one_by_one(lead: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """(index, index in the output) of every expert; of everything, where there are none."""
+    if not lead:
+        yield (), ()
+        return
+    for row, expert in enumerate(range(lead[0].start, lead[0].stop)):
+        yield (slice(expert, expert + 1),), (slice(row, row + 1),)
+
+
+def _strips(along: slice) -> Iterator[tuple[slice, slice]]:
+    """(place in the output, range) of every strip."""
+    for start in range(along.start, along.stop, _STRIP):
+        stop = min(start + _STRIP, along.stop)
+        yield slice(start - along.start, stop - along.start), slice(start, stop)
+
+
+def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) -> jax.Array:
+    way = find_way(tensors, param)
+    shape = _piece_shape(param, way)
+    raw = np.dtype(param.dtype) in [DTYPES[dtype] for dtype in FP8]
+
+    def copy_layer(out: np.ndarray, layer: int | None, ranges: Ranges) -> None:
+        if not per_expert(way):
+            Source(tensors[tensor_name(way, layer)], way, shape, raw).copy_to(out, ranges)
+            return
+        for row, expert in enumerate(ranges[0]):
+            tensor = tensors[tensor_name(way, layer, expert)]
+            Source(tensor, way, shape, raw).copy_to(out[row], ranges[1:])
+
+    def read(ranges: Ranges) -> np.ndarray:
         out = np.empty([len(r) for r in ranges], param.dtype)
-        within = ranges if param.layers is None else ranges[1:]
-        index = tuple(slice(r.start, r.stop) for r in within)
-        index = index[::-1] if param.transposed else index
         if param.layers is None:
-            stored[0].copy_to(out, index, param.transposed)
+            copy_layer(out, None, ranges)
         else:
             for row, layer in enumerate(ranges[0]):
-                stored[layer].copy_to(out[row], index, param.transposed)
+                copy_layer(out[row], param.layers[layer], ranges[1:])
         return out
 
-    return jax.make_array_from_callback(param.full_shape, place, part)
+    # Pieces are whole rows of the file.
+    axis = len(param.full_shape) - 1 if param.layers is None and way.transposed else 0
+    return _place(param, place, read, axis)
+
+
+# --------------------------------------------------------------------------------- onto the devices
+def _place(
+    param: Param, place: Sharding, read: Callable[[Ranges], np.ndarray], axis: int
+) -> jax.Array:
+    """Reads every part that this process holds, once, and puts it on its devices in pieces."""
+    shape = param.full_shape
+    devices: dict[Ranges, list[jax.Device]] = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        ranges = tuple(range(*at.indices(size)) for at, size in zip(index, shape, strict=True))
+        devices.setdefault(ranges, []).append(device)
+    parts = {}
+    for ranges, holders in devices.items():
+        parts |= dict(zip(holders, _on_devices(param, ranges, holders, read, axis), strict=True))
+    order = [parts[device] for device in place.addressable_devices_indices_map(shape)]
+    return jax.make_array_from_single_device_arrays(shape, place, order)
+
+
+def _on_devices(
+    param: Param,
+    ranges: Ranges,
+    devices: list[jax.Device],
+    read: Callable[[Ranges], np.ndarray],
+    axis: int,
+) -> list[jax.Array]:
+    sizes = [len(r) for r in ranges]
+    num_bytes = int(np.prod(sizes)) * np.dtype(param.dtype).itemsize
+    if num_bytes <= _PIECE or sizes[axis] == 1:
+        part = read(ranges)
+        return [jax.device_put(part, device) for device in devices]
+    rows = max(1, sizes[axis] * _PIECE // num_bytes)
+    wholes = [jnp.zeros(sizes, param.dtype, device=device) for device in devices]
+    for start in range(0, sizes[axis], rows):
+        piece = read((*ranges[:axis], ranges[axis][start : start + rows], *ranges[axis + 1 :]))
+        wholes = [
+            _write(whole, jax.device_put(piece, device), start, axis)
+            for whole, device in zip(wholes, devices, strict=True)
+        ]
+        jax.block_until_ready(wholes)  # or the next pieces pile up on the host
+    return wholes
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")
+def _write(whole: jax.Array, piece: jax.Array, start: int, axis: int) -> jax.Array:
+    """whole with the piece from `start` on along axis, in the same memory."""
+    return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis)

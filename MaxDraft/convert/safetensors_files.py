@@ -23,15 +23,17 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# A transposed copy walks the file's rows in strips, so that both sides stay in the CPU's cache.
-_STRIP = 32
 
 
 class CheckpointError(ValueError):
@@ -40,7 +42,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file; nothing of it is read until `read` or `copy_to` asks for it."""
+    """One tensor in a file; nothing of it is read before `read`, or before its map is copied."""
 
     name: str
     file: Path
@@ -51,29 +53,10 @@ class StoredTensor:
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Copy of tensor[index] in the file's dtype."""
-        return np.array(self._mapped()[index])
+        return np.array(self.map()[index])
 
-    def copy_to(self, out: np.ndarray, index: tuple[slice, ...], transposed: bool) -> None:
-        """out[...] = tensor[index], or its transpose, converted to out's dtype."""
-        if self.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{self.name} in {self.file} is {self.dtype}; weights must be "
-                f"{', '.join(WEIGHT_DTYPES)}: take a checkpoint that is not quantised"
-            )
-        source = self._mapped()[index]
-        if not transposed:
-            out[...] = source
-            return
-        for row in range(0, len(source), _STRIP):
-            out[:, row : row + _STRIP] = source[row : row + _STRIP].T
-
-    def sample(self, num_bytes: int) -> bytes:
-        """Raw bytes from the middle of the tensor."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.start + max(0, self.num_bytes - num_bytes) // 2)
-            return stream.read(min(num_bytes, self.num_bytes))
-
-    def _mapped(self) -> np.ndarray:
+    def map(self) -> np.ndarray:
+        """The tensor where it lies: only what is copied out of it is read."""
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.name} in {self.file} has dtype {self.dtype}, which cannot be read; "
@@ -83,6 +66,12 @@ class StoredTensor:
         if not self.num_bytes:
             return np.empty(self.shape, dtype)
         return np.memmap(self.file, dtype, "r", offset=self.start, shape=self.shape)
+
+    def sample(self, num_bytes: int) -> bytes:
+        """Raw bytes from the middle of the tensor."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + max(0, self.num_bytes - num_bytes) // 2)
+            return stream.read(min(num_bytes, self.num_bytes))
 
 
 def open_safetensors(folder: Path) -> dict[str, StoredTensor]:

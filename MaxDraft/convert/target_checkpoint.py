@@ -2,25 +2,77 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from MaxDraft.convert.loading import listed, load_parameters, tensor_names
-from MaxDraft.convert.safetensors_files import CheckpointError, open_safetensors, read_json
+import numpy as np
+
+from MaxDraft.convert.loading import find_way, listed, load_parameters, tensor_names
+from MaxDraft.convert.quantization import (
+    Mxfp4Tensor,
+    WeightTensor,
+    check_quantization,
+    pair,
+    part_names,
+)
+from MaxDraft.convert.safetensors_files import (
+    CheckpointError,
+    StoredTensor,
+    open_safetensors,
+    read_json,
+)
 from MaxDraft.layers.params import Tree, flatten
 
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
-# What a field that config.json leaves out means there.
+ROPE_FIELDS = (
+    "rope_theta",
+    "rope_local_base_freq",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+)
+_SCALING_FIELDS = ("rope_scaling", "rope_parameters")
+# What a field that config.json leaves out means there; in a few families something else.
 _UNSAID = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
     "hidden_act": "silu",
+    "use_sliding_window": False,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "n_group": 1,
+    "topk_group": 1,
 }
-_UNSAID_ROPE = {"rope_type": "default", "beta_fast": 32, "beta_slow": 1, "truncate": True}
+_UNSAID_IN = {
+    "glm4": {"attention_bias": True},
+    "gpt_oss": {"attention_bias": True},
+    "qwen2_moe": {"qkv_bias": True},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+}
+# Two names of one field, by the version of transformers that wrote it.
+_SYNONYMS = {
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+    "hidden_act": "hidden_activation",
+    "hidden_activation": "hidden_act",
+}
+_UNSAID_ROPE = {
+    "rope_type": "default",
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "partial_rotary_factor": 1.0,
+}
+_EMBEDDING = "embed_tokens.weight"
+# What multimodal checkpoints put for "model." before the language model's tensors.
+_TEXT_SIDES = ("language_model.model.", "model.language_model.", "language_model.")
 # Never weights: the rotary frequencies that old files carry along.
 _NOT_WEIGHTS = "rotary_emb.inv_freq"
 _SAMPLE = 256  # bytes of each tensor that enter the fingerprint
@@ -43,8 +95,9 @@ def check_target_config(
 ) -> None:
     """One CheckpointError that names each field in which config.json differs from a model YAML.
 
-    expected: the `target_config` of `model_file`. Both spellings of rope are compared by what they
-    say, and a field that config.json leaves out by what that means.
+    expected: the `target_config` of `model_file`. config: of the language model, in a multimodal
+    checkpoint its text_config. All spellings of rope are compared by what they say, and a field
+    that config.json leaves out by what that means.
     """
     lines = []
     for field in expected:
@@ -64,13 +117,14 @@ def check_target_config(
 
 
 def _effective(config: Mapping[str, Any], field: str) -> Any:
-    if config.get(field) is not None:
-        return config[field]
+    for name in (field, _SYNONYMS.get(field)):
+        if config.get(name) is not None:
+            return config[name]
     if field == "num_key_value_heads":
         return config.get("num_attention_heads")
     if field == "head_dim" and config.get("hidden_size") and config.get("num_attention_heads"):
         return config["hidden_size"] // config["num_attention_heads"]
-    return _UNSAID.get(field)
+    return (_UNSAID | _UNSAID_IN.get(config.get("model_type"), {})).get(field)
 
 
 def _line(field: str, expected: Any, found: Any) -> str:
@@ -79,30 +133,52 @@ def _line(field: str, expected: Any, found: Any) -> str:
 
 
 def _rope_differences(expected: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    wanted, found = _rope(expected), _rope(config)
     if not any(field in expected for field in ROPE_FIELDS):
         return []
+    wanted, found = _rope(expected), _rope(config)
     fields = wanted.keys() | found.keys()
-    if "rope_scaling" not in expected and "rope_parameters" not in expected:
-        fields = {"rope_theta"}  # the model file is silent about the scaling
-    if "rope_theta" not in wanted:
-        fields = fields - {"rope_theta"}
+    if not any(field in expected for field in _SCALING_FIELDS):
+        fields = wanted.keys()  # the model file is silent about the scaling
+    fields = {field for field in fields if field in wanted or not field.endswith("rope_theta")}
     values = {
-        field: tuple(rope.get(field, _UNSAID_ROPE.get(field)) for rope in (wanted, found))
+        field: tuple(
+            rope.get(field, _UNSAID_ROPE.get(field.split(".")[-1])) for rope in (wanted, found)
+        )
         for field in sorted(fields)
     }
     return [_line(field, a, b) for field, (a, b) in values.items() if a != b]
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Both spellings of rope as one flat dict, without nulls."""
-    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    """All spellings of rope as one flat dict, without nulls.
+
+    Where full and windowed layers are turned differently, the fields are full_attention.rope_theta,
+    sliding_attention.rope_theta and so on.
+    """
+    config = _UNSAID_IN.get(config.get("model_type"), {}) | dict(config)
+    outer = {
+        field: config.get(field)
+        for field in ("rope_theta", "partial_rotary_factor")
+        if config.get(field) is not None
+    }
+    parameters = config.get("rope_parameters") or {}
+    by_layer = {kind: said for kind, said in parameters.items() if isinstance(said, Mapping)}
+    if by_layer:
+        said = {kind: _spelled(said) for kind, said in by_layer.items()}
+    else:
+        plain = _spelled(outer | dict(config.get("rope_scaling") or {}) | dict(parameters))
+        if config.get("rope_local_base_freq") is None:
+            return plain
+        local = {"rope_theta": config["rope_local_base_freq"]}
+        said = {"full_attention": plain, "sliding_attention": local}
+    return {f"{kind}.{field}": value for kind in said for field, value in said[kind].items()}
+
+
+def _spelled(said: Mapping[str, Any]) -> dict[str, Any]:
+    said = {field: value for field, value in said.items() if value is not None}
     if "type" in said:  # the spelling before rope_type
-        said.setdefault("rope_type", said["type"])
-        del said["type"]
-    if config.get("rope_theta") is not None:
-        said.setdefault("rope_theta", config["rope_theta"])
-    return {field: value for field, value in said.items() if value is not None}
+        said.setdefault("rope_type", said.pop("type"))
+    return said
 
 
 def target_fingerprint(folder: Path) -> str:
@@ -122,29 +198,64 @@ def target_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def open_weights(folder: Path) -> dict[str, WeightTensor]:
+    """The target's tensors under the names of a plain language model; headers only are read.
+
+    A multimodal checkpoint's language model is taken out of it, and a quantised tensor stands for
+    what it means (quantization.py).
+    """
+    return _weights(Path(folder), open_safetensors(folder))
+
+
+def _weights(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, WeightTensor]:
+    prefix = _text_prefix(tensors)
+    renamed = {_plain_name(name, prefix): tensor for name, tensor in tensors.items()}
+    # Tensors may lie in a folder without config.json; blocks, if any, have the usual size there.
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    said = check_quantization(config)
+    return pair(renamed, said.block) if said else pair(renamed)
+
+
+def _text_prefix(tensors: Mapping[str, Any]) -> str:
+    """What stands in the files for the "model." of the language model's tensors."""
+    for prefix in ("model.", *_TEXT_SIDES):
+        if prefix + _EMBEDDING in tensors:
+            return prefix
+    return "model."
+
+
+def _plain_name(name: str, prefix: str) -> str:
+    if prefix == "model.":
+        return name
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    return "model." + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+
 def load_target(folder: Path, table: Tree, placement: Tree | None = None) -> Tree:
     """The target's parameters on their devices.
 
-    table: decoder_params(...). placement: tree of NamedSharding, None: one device.
-    CheckpointError lists all missing and mis-shaped tensors at once.
+    table: decoder_params(...), or what keep_quantized makes of it. placement: tree of
+    NamedSharding, None: one device. CheckpointError lists all missing and mis-shaped tensors at
+    once.
     """
-    tensors = open_safetensors(folder)
-    names = [name for _, param in flatten(table) for name in tensor_names(param)]
+    tensors = open_weights(folder)
+    names = _used(tensors, table)
     found = [name for name in names if name in tensors]
-    bare = [name for name in names if name.removeprefix("model.") in tensors]
-    if not any(name.startswith("model.") for name in found) and any(
-        name.startswith("model.") for name in bare
-    ):
+    bare = sorted(
+        name for name in names if "model." in name and name.removeprefix("model.") in tensors
+    )
+    if bare and not any(name.startswith("model.") for name in found):
         raise CheckpointError(
             f"{folder} holds {bare[0].removeprefix('model.')!r} where {bare[0]!r} is expected: it "
             f"was saved without its language model head; save the whole ...ForCausalLM model"
         )
-    copy, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    copy, embedding = tensors.get("lm_head.weight"), tensors.get("model." + _EMBEDDING)
     # Some readers tie the head whatever the files hold, others take the files': no common truth.
     if (
         "lm_head.weight" not in names
-        and copy
-        and embedding
+        and isinstance(copy, StoredTensor)
+        and isinstance(embedding, StoredTensor)
         and (copy.shape, copy.sample(_TIED)) != (embedding.shape, embedding.sample(_TIED))
     ):
         raise CheckpointError(
@@ -155,14 +266,63 @@ def load_target(folder: Path, table: Tree, placement: Tree | None = None) -> Tre
     return load_parameters(Path(folder), tensors, table, placement)
 
 
-def unused_tensors(folder: Path, table: Tree) -> list[str]:
-    """Names in the files that no parameter reads, sorted.
+def _used(tensors: Mapping[str, WeightTensor], table: Tree) -> set[str]:
+    """Names that the table reads, scales included."""
+    used = set()
+    for _, param in flatten(table):
+        for name in tensor_names(param, find_way(tensors, param)):
+            used |= {name, *part_names(name, tensors)}
+    return used
 
-    The second copy of a tied head and the rotary frequencies of old files are not counted.
+
+def unused_tensors(folder: Path, table: Tree) -> list[str]:
+    """What of the files no parameter reads, and whether it is the text side of more.
+
+    A line for every group of tensors, with their number. The second copy of a tied head and the
+    rotary frequencies of old files are not counted.
     """
-    used = {name for _, param in flatten(table) for name in tensor_names(param)}
-    return sorted(
-        name
-        for name in open_safetensors(folder)
-        if name not in used | {"lm_head.weight"} and not name.endswith(_NOT_WEIGHTS)
+    stored = open_safetensors(folder)
+    tensors = _weights(Path(folder), stored)
+    used = _used(tensors, table) | {"lm_head.weight"}
+    depth = 1 + max(layer for _, param in flatten(table) for layer in param.layers or ())
+    groups = collections.Counter(
+        _group(name, depth)
+        for name, tensor in tensors.items()
+        if name not in used
+        and not name.endswith(_NOT_WEIGHTS)
+        and not isinstance(tensor, Mxfp4Tensor)  # its two parts are counted
+    )
+    prefix = _text_prefix(stored)
+    side = [] if prefix == "model." else [f"only the language model, {prefix}*, is read"]
+    return side + [
+        f"{group}: {count:,} tensor{'s' if count > 1 else ''}"
+        for group, count in sorted(groups.items())
+    ]
+
+
+def _group(name: str, depth: int) -> str:
+    """Under what the tensor is listed that nothing reads."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and int(layer[1]) >= depth:
+        return (
+            f"model.layers.{layer[1]}.* (layer beyond the target's {depth}, multi-token prediction)"
+        )
+    scale = re.search(r"[._](input_scale(_ub)?|activation_scale|[qkv]_scale)$", name)
+    if scale:
+        return f"*.{scale[1]} (of activations, which are not quantised here)"
+    if name.startswith(("model.layers.", "model.norm.", "model." + _EMBEDDING)):
+        return re.sub(r"\.\d+(?=\.)", ".*", name)
+    first, *rest = name.split(".")
+    if first == "model" and len(rest) > 1:
+        first, rest = f"model.{rest[0]}", rest[1:]
+    return f"{first}.*" if rest else first
+
+
+def target_memory(table: Tree) -> int:
+    """Bytes of the target in memory, over all devices that do not hold copies.
+
+    Of decoder_params(...): dequantised on load; of keep_quantized(...): kept.
+    """
+    return sum(
+        math.prod(param.full_shape) * np.dtype(param.dtype).itemsize for _, param in flatten(table)
     )

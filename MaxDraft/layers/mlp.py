@@ -4,15 +4,21 @@ import functools
 
 import jax
 
+from MaxDraft.layers import quantized
+from MaxDraft.layers.params import Quantized
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | Quantized, bias: jax.Array | None = None) -> jax.Array:
     """x [..., I] @ weight [I, O] (+ bias [O]) in x's dtype."""
-    y = x @ weight.astype(x.dtype)
+    if isinstance(weight, Quantized):
+        y = quantized.multiply(x, weight)
+    else:
+        y = x @ weight.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
 
 

@@ -1,0 +1,139 @@
+"""Which parameters of a target stay quantised in memory, and how their parts lie there.
+
+A Param whose tensors are all quantised in one way becomes a Quantized of two Params, so that
+shardings, shapes, counting and loading go on as for any table. Small things stay as they were:
+norms and biases are vectors, embedding and head name the vocabulary, routers have no split axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from MaxDraft.convert.loading import find_way, per_expert, tensor_names
+from MaxDraft.convert.quantization import (
+    BLOCKS,
+    MX_BLOCK,
+    SCALES,
+    Fp8Tensor,
+    Grid,
+    Mxfp4Tensor,
+    WeightTensor,
+    part_names,
+)
+from MaxDraft.convert.safetensors_files import DTYPES
+from MaxDraft.layers.params import Param, Part, Quantized, Stored, Tree, flatten
+
+EXPERTS, VOCAB = "target_experts", "target_vocab"
+# Axes that no mesh axis of tensor parallelism splits.
+WHOLE = ("target_embed", "target_expert_embed", None)
+
+
+def keep_quantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> Tree:
+    """The table where quantised matrices stay as they lie in the files.
+
+    tensors: open_weights(...).
+    """
+    return jax.tree.map(lambda param: _kept(param, tensors) or param, table)
+
+
+def dequantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> list[str]:
+    """Paths of a table's parameters that are quantised in the files and not in memory."""
+    return [
+        path
+        for path, param in flatten(table)
+        if jnp.issubdtype(param.dtype, jnp.floating)
+        and jnp.dtype(param.dtype).itemsize > 1
+        and any(
+            isinstance(tensors.get(name), Fp8Tensor | Mxfp4Tensor)
+            for name in tensor_names(param, find_way(tensors, param))
+        )
+    ]
+
+
+def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None:
+    split = {axis for axis in param.axes[-2:] if axis is not None}
+    if len(param.shape) < 2 or not split or VOCAB in split:
+        return None
+    way = find_way(tensors, param)
+    names = tensor_names(param, way)
+    found = [tensors.get(name) for name in names]
+    if any(
+        not isinstance(tensor, Fp8Tensor | Mxfp4Tensor) or tensor.problem(way.transposed)
+        for tensor in found
+    ):
+        return None  # or an error, which loading tells
+    inputs, outputs = param.axes[-2:]
+    by_inputs = inputs in WHOLE and outputs not in WHOLE
+    tiled = "in" if by_inputs else "out"
+    if all(isinstance(tensor, Mxfp4Tensor) for tensor in found):
+        return _mxfp4(param, way, tiled)
+    if all(isinstance(tensor, Fp8Tensor) for tensor in found):
+        kinds = {
+            (tensor.values.dtype, tensor.grid(way.transposed), _name_end(name, tensors))
+            for name, tensor in zip(names, found, strict=True)
+        }
+        # Layers that are quantised differently cannot be stacked.
+        return _fp8(param, way, tiled, *kinds.pop()) if len(kinds) == 1 else None
+    return None
+
+
+def _name_end(name: str, tensors: Mapping[str, WeightTensor]) -> str:
+    """What the scale's name has after the values' name."""
+    return part_names(name, tensors)[0].removeprefix(name)
+
+
+def _fp8(param: Param, way: Stored, tiled: str, dtype: str, grid: Grid, end: str) -> Quantized:
+    inputs, outputs = param.shape[-2:]
+    part = way.part or Part(0, outputs)
+    # Blocks that divide the parameter evenly, each inside one of the file's.
+    a = math.gcd(inputs, grid.a)
+    b = math.gcd(part.start, outputs, grid.b) if part.step == 1 else 1
+    if grid.b >= part.total:
+        b = outputs
+    lead = param.axes[:-2] if EXPERTS in param.axes else ()
+    scale = dataclasses.replace(
+        param,
+        shape=(*param.shape[:-2], inputs // a, outputs // b),
+        axes=(*lead, None, None),
+        tensor=way.name + end,
+        transposed=way.transposed,
+        part=Part(part.start, part.total, part.step * b),
+        dtype=jnp.float32,
+        otherwise=(),
+    )
+    values = dataclasses.replace(
+        param,
+        tensor=way.name,
+        transposed=way.transposed,
+        part=way.part,
+        dtype=DTYPES[dtype],
+        otherwise=(),
+    )
+    return Quantized(values, scale, inputs, "fp8", tiled)
+
+
+def _mxfp4(param: Param, way: Stored, tiled: str) -> Quantized | None:
+    *lead, inputs, outputs = param.shape
+    if way.transposed or per_expert(way):
+        return None
+
+    def piece(end: str, rows: int, axes: tuple[str | None, ...]) -> Param:
+        return dataclasses.replace(
+            param,
+            shape=(*lead, rows, outputs),
+            axes=axes,
+            tensor=way.name + end,
+            transposed=True,
+            part=way.part,
+            dtype=jnp.uint8,
+            otherwise=(),
+        )
+
+    values = piece(BLOCKS, inputs // 2, param.axes)
+    scale = piece(SCALES, inputs // MX_BLOCK, (*param.axes[:-2], None, param.axes[-1]))
+    return Quantized(values, scale, inputs, "mxfp4", tiled)

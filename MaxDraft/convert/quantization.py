@@ -1,0 +1,325 @@
+"""What a checkpoint's quantised tensors mean.
+
+    FP8     X is float8 [out, in] and X_scale_inv or X_scale beside it, wherever in the files:
+            w = X * scale, where a scale stands for the whole tensor, an output, or a block
+    MXFP4   X_blocks uint8 [experts, out, in / 32, 16] and X_scales uint8 [experts, out, in / 32]:
+            two e2m1 numbers a byte, the low half first, w = e2m1 * 2 ^ (scale - 127)
+            (OCP Microscaling Formats 1.0); together they are the tensor X [experts, in, out]
+
+Both multiply, whatever "inv" suggests. Only weights are quantised here: what a config.json says
+about activations is for engines that multiply in 8 bits, and would only add their error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor
+from MaxDraft.layers.params import Part, Stored
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+FP8_SUFFIXES = ("_scale_inv", "_scale")
+BLOCKS, SCALES = "_blocks", "_scales"
+MX_BLOCK = 32  # inputs that share an exponent
+# By its four bits: sign, two of exponent, one of mantissa.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_DEFAULT_BLOCK = (128, 128)
+_FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+
+Index = tuple[slice, ...]
+Reader = Callable[[Index], np.ndarray]
+
+
+# ---------------------------------------------------------------------------------- config.json
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What config.json says about the weights."""
+
+    method: str
+    block: tuple[int, int] = _DEFAULT_BLOCK  # [outputs, inputs] of a block, where there are blocks
+    activations: bool = False  # it also says how activations are quantised
+
+    def __str__(self) -> str:
+        ignored = "; its quantisation of activations is not applied" if self.activations else ""
+        return f"{self.method} weights{ignored}"
+
+
+def check_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """How the target's weights are quantised; None: they are not.
+
+    CheckpointError for what cannot be read.
+    """
+    # Multimodal files may say it of their text only; the older name is compressed-tensors'.
+    sources = (config, config.get("text_config") or {})
+    names = ("quantization_config", "compression_config")
+    said = next((source[name] for source in sources for name in names if source.get(name)), None)
+    if said is None:
+        return None
+    method = said.get("quant_method")
+    if method == "fp8":
+        return _plain_fp8(said)
+    if method == "fbgemm_fp8":
+        return Quantization(method, activations=True)
+    if method == "mxfp4":
+        return Quantization(method)
+    if method == "compressed-tensors":
+        return _compressed_tensors(said)
+    raise _refusal(f"quant_method '{method}'")
+
+
+def _plain_fp8(said: Mapping[str, Any]) -> Quantization:
+    if said.get("expert_dtype", "fp8") != "fp8":
+        raise _refusal(f"expert_dtype '{said['expert_dtype']}'")
+    return Quantization("fp8", _block(said.get("weight_block_size")), True)
+
+
+def _block(size: Any) -> tuple[int, int]:
+    if size is None:
+        return _DEFAULT_BLOCK
+    if not (isinstance(size, list | tuple) and len(size) == 2 and min(size) > 0):
+        raise _refusal(f"weight blocks of {size}")
+    return (int(size[0]), int(size[1]))
+
+
+def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
+    sparsity = (said.get("sparsity_config") or {}).get("format") or "dense"
+    if sparsity != "dense":
+        raise _refusal(f"compressed-tensors sparsity '{sparsity}'")
+    groups = list((said.get("config_groups") or {}).values())
+    blocks = set()
+    for group in groups:
+        weights = group.get("weights")
+        if not weights:
+            continue
+        layout = group.get("format") or said.get("format")
+        kind, bits = weights.get("type"), weights.get("num_bits")
+        strategy = weights.get("strategy")
+        if layout not in _FLOAT_FORMATS or (kind, bits) != ("float", 8):
+            raise _refusal(f"compressed-tensors format '{layout}' with {bits}-bit {kind} weights")
+        if strategy not in ("tensor", "channel", "block"):
+            raise _refusal(f"compressed-tensors weights with strategy '{strategy}'")
+        if strategy == "block":
+            blocks.add(_block(weights.get("block_structure")))
+    if len(blocks) > 1:
+        raise _refusal(f"compressed-tensors groups with different blocks {sorted(blocks)}")
+    activations = any(group.get("input_activations") for group in groups)
+    block = blocks.pop() if blocks else _DEFAULT_BLOCK
+    return Quantization("compressed-tensors", block, activations)
+
+
+def _refusal(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json says {what}, which cannot be read. Known are fp8, fbgemm_fp8, mxfp4 and "
+        f"compressed-tensors with 8-bit float weights; take such a checkpoint or an unquantised one"
+    )
+
+
+# -------------------------------------------------------------------------------------- tensors
+@dataclasses.dataclass(frozen=True)
+class Fp8Tensor:
+    """A float8 tensor and its scale."""
+
+    values: StoredTensor
+    scale: StoredTensor | None  # None: it is missing
+    block: tuple[int, int]  # [outputs, inputs]
+
+    @property
+    def name(self) -> str:
+        return self.values.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def grid(self, transposed: bool) -> Grid | None:
+        """How the scales lie, in the order of the parameter; None: the scale has a wrong shape."""
+        if len(self.shape) < 2:
+            return None
+        *lead, rows, cols = self.shape
+        inputs, outputs = (cols, rows) if transposed else (rows, cols)
+        found = self.scale.shape
+        if math.prod(found) == 1:
+            return Grid((*([1] * len(lead)), 1, 1), False, inputs, outputs)
+        if lead and _squeeze(found) == _squeeze(lead):
+            return Grid((*lead, 1, 1), False, inputs, outputs)
+        # Llama 4's experts [experts, in, out] have scales [experts, 1, out] or [experts, out, 1].
+        if _squeeze(found) == _squeeze((*lead, outputs)):
+            return Grid((*lead, 1, outputs), False, inputs, 1)
+        a, b = self.block if transposed else self.block[::-1]
+        if found == (*lead, -(-rows // a), -(-cols // b)):
+            return Grid(found, transposed, *((b, a) if transposed else (a, b)))
+        return None
+
+    def problem(self, transposed: bool) -> str | None:
+        """What is wrong with its scale."""
+        if self.scale is None:
+            names = " nor ".join(self.name + suffix for suffix in FP8_SUFFIXES)
+            return f"{self.name}: is {self.values.dtype} and its scale is missing: neither {names}"
+        if self.scale.dtype not in SCALE_DTYPES:
+            return f"{self.scale.name}: dtype {self.scale.dtype} is no scale's"
+        if self.grid(transposed) is None:
+            return (
+                f"{self.scale.name}: shape {list(self.scale.shape)} fits no scale of {self.name} "
+                f"{list(self.shape)}: neither one number, nor one for each output, nor one for "
+                f"each block of {self.block[0]} outputs and {self.block[1]} inputs"
+            )
+        return None
+
+    def reader(self, way: Stored, shape: tuple[int, ...]) -> Reader:
+        """-> function from an index range of the parameter to its float32 numbers."""
+        values, grid = oriented(self.values.map(), way, shape), self.grid(way.transposed)
+        scales = grid.of(self.scale)
+        start, step = (way.part.start, way.part.step) if way.part else (0, 1)
+
+        def read(index: Index) -> np.ndarray:
+            *lead, rows, cols = index
+            a = np.arange(rows.start, rows.stop) // grid.a
+            b = (start + step * np.arange(cols.start, cols.stop)) // grid.b
+            some = scales[tuple(lead)] if lead and len(scales) > 1 else scales
+            return values[index].astype(np.float32) * some[..., a, :][..., b]
+
+        return read
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Scales in the order of the parameter: [experts or 1, in / a, out / b], rounded up."""
+
+    shape: tuple[int, ...]  # as stored, dimensions of one set right
+    transposed: bool
+    a: int
+    b: int
+
+    def of(self, scale: StoredTensor) -> np.ndarray:
+        """The scales as float32."""
+        array = scale.read().astype(np.float32).reshape(self.shape)
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleTensor:
+    """The scale of a float8 tensor, as a parameter of its own.
+
+    Such a parameter is [..., in / a, out / b] with a and b that divide evenly; where the file's
+    last block is cut short, a scale of it is there several times.
+    """
+
+    of: Fp8Tensor
+
+    @property
+    def name(self) -> str:
+        return self.of.scale.name
+
+    def reader(self, way: Stored, shape: tuple[int, ...]) -> Reader:
+        """-> function from an index range of the parameter to its float32 numbers.
+
+        way.part.step: outputs of the float8 tensor that lie between two scales.
+        """
+        grid = self.of.grid(way.transposed)
+        scales = grid.of(self.of.scale)
+        inputs = self.of.shape[-1] if way.transposed else self.of.shape[-2]
+        a = np.arange(shape[-2]) * (inputs // shape[-2]) // grid.a
+        b = (way.part.start + way.part.step * np.arange(shape[-1])) // grid.b
+        whole = np.broadcast_to(scales[..., a, :][..., b], shape)
+        return lambda index: whole[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mxfp4Tensor:
+    """Blocks and scales that together are one tensor [experts, in, out]."""
+
+    blocks: StoredTensor  # [experts, out, in / 2]
+    scales: StoredTensor | None  # [experts, out, in / 32]; None: it is missing
+
+    @property
+    def name(self) -> str:
+        return self.blocks.name.removesuffix(BLOCKS)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, outputs, half = self.blocks.shape
+        return (*lead, 2 * half, outputs)
+
+    def problem(self, transposed: bool) -> str | None:
+        """What is wrong with its scales."""
+        if self.scales is None:
+            return f"{self.blocks.name}: its scales {self.name}{SCALES} are missing"
+        *lead, inputs, outputs = self.shape
+        expected = (*lead, outputs, inputs // MX_BLOCK)
+        if self.scales.dtype != "U8" or self.scales.shape != expected:
+            return (
+                f"{self.scales.name}: expected U8 {list(expected)} beside {self.blocks.name}, "
+                f"found {self.scales.dtype} {list(self.scales.shape)}"
+            )
+        return None
+
+    def reader(self, way: Stored, shape: tuple[int, ...]) -> Reader:
+        """-> function from an index range of the parameter to its float32 numbers."""
+        as_stored = dataclasses.replace(way, transposed=True)
+        blocks = oriented(self.blocks.map(), as_stored, shape)  # [..., in / 2, out]
+        scales = oriented(self.scales.map(), as_stored, shape)  # [..., in / 32, out]
+
+        def read(index: Index) -> np.ndarray:
+            *lead, rows, cols = index
+            inputs = np.arange(rows.start, rows.stop)
+            first, last = rows.start // 2, (rows.stop + 1) // 2
+            bytes_ = blocks[(*lead, slice(first, last), cols)]
+            code = bytes_[..., inputs // 2 - first, :] >> (4 * (inputs % 2))[:, None] & 15
+            first, last = rows.start // MX_BLOCK, -(-rows.stop // MX_BLOCK)
+            power = scales[(*lead, slice(first, last), cols)].astype(np.int32) - 127
+            return np.ldexp(E2M1[code], power[..., inputs // MX_BLOCK - first, :])
+
+        return read
+
+
+WeightTensor = StoredTensor | Fp8Tensor | ScaleTensor | Mxfp4Tensor
+
+
+def pair(
+    tensors: Mapping[str, StoredTensor], block: tuple[int, int] = _DEFAULT_BLOCK
+) -> dict[str, WeightTensor]:
+    """Tensors by name, where a quantised one stands for what it means."""
+    paired: dict[str, WeightTensor] = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype in FP8:
+            scale = _scale_name(name, tensors)
+            paired[name] = Fp8Tensor(tensor, tensors.get(scale), block)
+            if scale:
+                paired[scale] = ScaleTensor(paired[name])
+        elif name.endswith(BLOCKS) and tensor.dtype == "U8" and tensor.shape[-1:] == (16,):
+            *lead, groups, size = tensor.shape
+            blocks = dataclasses.replace(tensor, shape=(*lead, groups * size))
+            scales = name.removesuffix(BLOCKS) + SCALES
+            paired[name] = blocks
+            paired[name.removesuffix(BLOCKS)] = Mxfp4Tensor(blocks, tensors.get(scales))
+    return paired
+
+
+def _scale_name(name: str, tensors: Mapping[str, Any]) -> str | None:
+    return next((name + end for end in FP8_SUFFIXES if name + end in tensors), None)
+
+
+def part_names(name: str, tensors: Mapping[str, WeightTensor]) -> list[str]:
+    """Names of the further tensors that a quantised one is made of."""
+    if isinstance(tensors.get(name), Mxfp4Tensor):
+        return [name + BLOCKS, name + SCALES]
+    if isinstance(tensors.get(name), Fp8Tensor):
+        return [_scale_name(name, tensors)]
+    return []
+
+
+def oriented(array: np.ndarray, way: Stored, shape: tuple[int, ...]) -> np.ndarray:
+    """A stored array in the order of the parameter, its part only; nothing is copied."""
+    array = array.swapaxes(-1, -2) if way.transposed and array.ndim > 1 else array
+    part = way.part or Part(0, shape[-1])
+    return array[..., part.start : part.start + shape[-1] * part.step : part.step]
+
+
+def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
