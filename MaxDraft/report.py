@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from MaxDraft import flops, pyconfig, wiring
+from MaxDraft.convert.quantization import check_quantization
+from MaxDraft.convert.target_checkpoint import target_memory
 from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers import params as parameters
@@ -35,6 +37,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
         f"\n{summary.text()}\n"
         f"target: {target.config['model_type']}, {frozen:,} parameters, features of layers "
         f"{list(target.capture)} of 0..{target.dims.num_layers - 1}\n"
+        f"target in memory: {_target_memory(run)}\n"
         f"head: {trained:,} parameters, rollout of {config.ttt_length} steps\n"
         f"mesh: {run.mesh.size} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} "
         f"process(es)\n"
@@ -47,6 +50,22 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
         config.write(config.run_directory / pyconfig.SAVED_NAME)
         vocabulary.save(config.run_directory / "draft_vocabulary.json")
         wiring.write_json(config.run_directory / "data.json", summary.as_dict())
+
+
+def _target_memory(run: Run) -> str:
+    """Of the target's weights, in both forms where its files are quantised."""
+    forms = {
+        form: target_memory(wiring.target_table(run.config, run.target, form == "keep")) / 1e9
+        for form in ("dequantize", "keep")
+    }
+    now = f"{forms[run.config.target_quantization]:.3f} GB (1e9 bytes) in all"
+    quantization = check_quantization(run.target.config)
+    if not quantization:
+        return now
+    return (
+        f"{now}; the files hold {quantization}: target_quantization=dequantize takes "
+        f"{forms['dequantize']:.3f} GB, keep {forms['keep']:.3f} GB"
+    )
 
 
 def finish(run: Run, result: dict[str, Any], export: Path) -> None:

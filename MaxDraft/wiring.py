@@ -27,6 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from MaxDraft import pyconfig, sharding
 from MaxDraft.checkpointing import Checkpoints, ResumeError, may_change
 from MaxDraft.convert import head_import, target_checkpoint
+from MaxDraft.convert.kept import keep_quantized
+from MaxDraft.convert.quantization import check_quantization
 from MaxDraft.convert.safetensors_files import CheckpointError, read_json
 from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
@@ -360,13 +362,20 @@ def vocabulary(run: Run, draft_to_target: np.ndarray) -> DraftVocabulary:
     return DraftVocabulary(draft_to_target, run.target.dims.vocab_size)
 
 
+def target_table(config: Config, target: Target, keep: bool) -> Tree:
+    """The target's parameters as they lie in memory; keep: quantised where its files are."""
+    table = decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
+    if not keep:
+        return table
+    return keep_quantized(table, target_checkpoint.open_weights(target.path))
+
+
 def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
     """The target's weights, each device reading its own slices, and the draft vocabulary."""
     config, target, mesh = run.config, run.target, run.mesh
-    table = decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
-    unused = target_checkpoint.unused_tensors(target.path, table)
-    if unused:
-        say(f"target: {len(unused)} tensors of its files are not used: {', '.join(unused[:8])} ...")
+    table = target_table(config, target, config.target_quantization == "keep")
+    for line in target_checkpoint.unused_tensors(target.path, table):
+        say(f"target, not used: {line}")
     placement = parameters.shardings(table, mesh, config.logical_axis_rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
 

@@ -39,6 +39,8 @@ def test_experts_alone_give_the_width_that_a_token_passes_through():
     assert draft_shape(target(Layer(GQA, moe))).intermediate_size == 8 * 768
     shared = dataclasses.replace(moe, shared_size=1000)
     assert draft_shape(target(Layer(GQA, shared))).intermediate_size == 8 * 768 + 1000
+    wide = Experts(64, 14336, Router(4))
+    assert draft_shape(target(Layer(GQA, wide))).intermediate_size == 6 * 4096
     # A dense layer says what width the model's makers think right.
     mixed = target(Layer(GQA, moe), Layer(GQA, Mlp(6144)))
     assert draft_shape(mixed).intermediate_size == 6144
@@ -62,6 +64,8 @@ def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
     assert rope_for(partial) == ROPE  # all of a head, in the usual layout
     mscale = dataclasses.replace(YARN, cos_scale=1.0)  # DeepSeek: the scores are scaled instead
     assert rope_for(mscale) == Rope(5e5, 128)
+    between = dataclasses.replace(YARN, truncate=False)  # gpt-oss
+    assert rope_for(between) == Rope(5e5, 128)
     longrope = Rope(1e4, 128, "longrope", factors=(1.0,) * 64, cos_scale=1.2)
     assert rope_for(longrope) == ROPE
     # The layers that see everything decide; layers without positions cannot.

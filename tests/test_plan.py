@@ -30,7 +30,7 @@ def described(kinds: str, capture) -> list[tuple[str, int, int]]:
         ("AAAAAAA", (1, 2, 3), [("A", 0, 2), ("A", 2, 1), ("A", 3, 1), ("A", 4, 3)]),
         ("DDDMMMMM", (1,), [("D", 0, 2), ("D", 2, 1), ("M", 3, 5)]),
         ("SFSFSFSF", (), [("SF", 0, 4)]),
-        ("SFSFSFS", (), [("SF", 0, 3), ("S", 6, 1)]),
+        ("SFSFSFS", (), [("S", 0, 1), ("FS", 1, 3)]),
         ("SSSFSSSFSSSF", (3,), [("S", 0, 3), ("F", 3, 1), ("SSSF", 4, 2)]),
     ],
 )

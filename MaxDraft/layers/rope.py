@@ -56,7 +56,8 @@ def frequencies(rope: Rope) -> np.ndarray:
 def _llama3(freq: np.ndarray, rope: Rope) -> np.ndarray:
     wavelength = 2 * np.pi / freq
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth = np.clip((rope.original_length / wavelength - low) / (high - low), 0.0, 1.0)
+    width = max(high - low, 1e-6)  # Llama 4 has no ramp between: the two factors are equal
+    smooth = np.clip((rope.original_length / wavelength - low) / width, 0.0, 1.0)
     return ((1 - smooth) * freq / rope.factor + smooth * freq).astype(np.float32)
 
 

@@ -14,6 +14,7 @@ from MaxDraft.targets.dims import Attention, DecoderDims, Experts, LatentAttenti
 MIN_KV_HEADS = 2  # an engine (sglang-jax) crashes on one
 LATENT_HEAD_DIM = 128
 LATENT_KV_HEADS = 8
+MAX_WIDTH = 6  # times the hidden size; the widest that published heads have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ def draft_shape(target: DecoderDims) -> DraftShape:
 
     Latent attention has no key/value heads to take: heads of 128 that fill the hidden size, eight
     or fewer of them for keys and values. A target of experts alone gives the width that a token
-    passes through: its chosen experts and the shared one.
+    passes through: its chosen experts and the shared one, at most MAX_WIDTH hidden sizes.
     """
     mixers = [layer.mixer for layer in target.layers]
     softmax = [m for m in mixers if isinstance(m, Attention)]
@@ -57,15 +58,18 @@ def _width(target: DecoderDims) -> int:
     if dense:
         return dense[0]
     experts = next(part for part in parts if isinstance(part, Experts))
-    return experts.router.top_k * experts.intermediate_size + experts.shared_size
+    active = experts.router.top_k * experts.intermediate_size + experts.shared_size
+    return min(active, MAX_WIDTH * target.hidden_size)
 
 
 def _draft_rope(rope: Rope, head_dim: int) -> Rope:
     """The target's base and, where a Llama can have it, its scaling; every dimension turned.
 
-    Longrope and yarn with scaled scores (DeepSeek's mscale) are forms that engines do not read in
-    a Llama head: there the head turns by the plain base, as its training lengths need no scaling.
+    Longrope and yarn's variants (DeepSeek's scaled scores, gpt-oss' ramp between dimensions) are
+    forms that engines do not read in a Llama head: there the head turns by the plain base, as
+    published heads of these targets do.
     """
-    if rope.kind == "longrope" or (rope.kind == "yarn" and rope.cos_scale == 1.0):
+    variant = rope.kind == "yarn" and (rope.cos_scale == 1.0 or not rope.truncate)
+    if rope.kind == "longrope" or variant:
         return Rope(theta=rope.theta, head_dim=head_dim)
     return dataclasses.replace(rope, head_dim=head_dim, interleaved=False)

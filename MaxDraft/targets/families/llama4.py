@@ -13,6 +13,15 @@ from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router
 from MaxDraft.targets.hf_config import field
 
 MODEL_TYPES = ("llama4_text",)
+# What the published files leave out, as their reference code has it.
+DEFAULTS = {
+    "llama4_text": {
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layer_interval": 4,
+    }
+}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -29,7 +38,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mlp, step = hf_config.mlp(config, "intermediate_size_mlp"), config["interleave_moe_layer_step"]
     sparse = config.get("moe_layers")
     sparse = range(step - 1, count, step) if sparse is None else sparse
-    turned = config.get("no_rope_layers") or [(i + 1) % 4 for i in range(count)]
+    every = config["no_rope_layer_interval"]
+    turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
     return hf_config.decoder(
         config,
         [Layer(_mixer(config, bool(turned[i])), moe if i in sparse else mlp) for i in range(count)],
