@@ -25,10 +25,10 @@ from MaxDraft.convert.quantization import (
     WeightTensor,
     part_names,
 )
-from MaxDraft.convert.safetensors_files import DTYPES
 from MaxDraft.layers.params import Param, Part, Quantized, Stored, Tree, flatten
 
 EXPERTS, VOCAB = "target_experts", "target_vocab"
+KEPT = "F8_E4M3"
 # Axes that no mesh axis of tensor parallelism splits.
 WHOLE = ("target_embed", "target_expert_embed", None)
 
@@ -46,8 +46,7 @@ def dequantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> list[str]:
     return [
         path
         for path, param in flatten(table)
-        if jnp.issubdtype(param.dtype, jnp.floating)
-        and jnp.dtype(param.dtype).itemsize > 1
+        if param.dtype != jnp.uint8
         and any(
             isinstance(tensors.get(name), Fp8Tensor | Mxfp4Tensor)
             for name in tensor_names(param, find_way(tensors, param))
@@ -72,9 +71,9 @@ def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None
     tiled = "in" if by_inputs else "out"
     if all(isinstance(tensor, Mxfp4Tensor) for tensor in found):
         return _mxfp4(param, way, tiled)
-    if all(isinstance(tensor, Fp8Tensor) for tensor in found):
+    if all(isinstance(tensor, Fp8Tensor) and tensor.values.dtype == KEPT for tensor in found):
         kinds = {
-            (tensor.values.dtype, tensor.grid(way.transposed), _name_end(name, tensors))
+            (tensor.grid(way.transposed), _name_end(name, tensors))
             for name, tensor in zip(names, found, strict=True)
         }
         # Layers that are quantised differently cannot be stacked.
@@ -87,7 +86,7 @@ def _name_end(name: str, tensors: Mapping[str, WeightTensor]) -> str:
     return part_names(name, tensors)[0].removeprefix(name)
 
 
-def _fp8(param: Param, way: Stored, tiled: str, dtype: str, grid: Grid, end: str) -> Quantized:
+def _fp8(param: Param, way: Stored, tiled: str, grid: Grid, end: str) -> Quantized:
     inputs, outputs = param.shape[-2:]
     part = way.part or Part(0, outputs)
     # Blocks that divide the parameter evenly, each inside one of the file's.
@@ -111,7 +110,7 @@ def _fp8(param: Param, way: Stored, tiled: str, dtype: str, grid: Grid, end: str
         tensor=way.name,
         transposed=way.transposed,
         part=way.part,
-        dtype=DTYPES[dtype],
+        dtype=jnp.uint8,
         otherwise=(),
     )
     return Quantized(values, scale, inputs, "fp8", tiled)

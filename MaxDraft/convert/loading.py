@@ -21,7 +21,6 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from MaxDraft.convert.quantization import (
-    FP8,
     Fp8Tensor,
     Mxfp4Tensor,
     Reader,
@@ -29,7 +28,7 @@ from MaxDraft.convert.quantization import (
     WeightTensor,
     oriented,
 )
-from MaxDraft.convert.safetensors_files import DTYPES, CheckpointError, StoredTensor
+from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor
 from MaxDraft.layers.params import Param, Stored, Tree, flatten
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -110,8 +109,8 @@ def _problem(
         return f"{tensor.name}: expected {list(expected)}, found {list(tensor.shape)}"
     if isinstance(tensor, Fp8Tensor | Mxfp4Tensor):
         return tensor.problem(way.transposed)
-    # What is kept as it lies is no number to convert.
-    if tensor.dtype in WEIGHT_DTYPES or DTYPES.get(tensor.dtype) == param.dtype:
+    kept = tensor.dtype == "U8" and param.dtype == np.uint8
+    if tensor.dtype in WEIGHT_DTYPES or kept:
         return None
     return (
         f"{tensor.name}: dtype {tensor.dtype} is not {', '.join(WEIGHT_DTYPES)}; take a "
@@ -159,7 +158,7 @@ class Source:
     tensor: WeightTensor
     way: Stored
     shape: tuple[int, ...]
-    raw: bool  # quantised numbers stay as they are
+    raw: bool  # quantised numbers stay as they are, as bytes
 
     def copy_to(self, out: np.ndarray, ranges: Ranges) -> None:
         """out[...] = parameter[ranges], converted to out's dtype."""
@@ -181,7 +180,7 @@ class Source:
     def _reader(self) -> Reader:
         tensor = self.tensor
         if isinstance(tensor, Fp8Tensor) and self.raw:
-            tensor = tensor.values
+            tensor = dataclasses.replace(tensor.values, dtype="U8")
         if isinstance(tensor, StoredTensor):
             array = tensor.map().reshape(_as_stored(self.shape, self.way))
             array = oriented(array, self.way, self.shape)
@@ -208,7 +207,7 @@ def _strips(along: slice) -> Iterator[tuple[slice, slice]]:
 def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) -> jax.Array:
     way = find_way(tensors, param)
     shape = _piece_shape(param, way)
-    raw = np.dtype(param.dtype) in [DTYPES[dtype] for dtype in FP8]
+    raw = np.dtype(param.dtype) == np.uint8
 
     def copy_layer(out: np.ndarray, layer: int | None, ranges: Ranges) -> None:
         if not per_expert(way):

@@ -284,7 +284,7 @@ def unused_tensors(folder: Path, table: Tree) -> list[str]:
     stored = open_safetensors(folder)
     tensors = _weights(Path(folder), stored)
     used = _used(tensors, table) | {"lm_head.weight"}
-    depth = 1 + max(layer for _, param in flatten(table) for layer in param.layers or ())
+    depth = 1 + max((max(param.layers) for _, param in flatten(table) if param.layers), default=-1)
     groups = collections.Counter(
         _group(name, depth)
         for name, tensor in tensors.items()

@@ -35,7 +35,8 @@ def dequantize(q: Quantized, dtype: jnp.dtype) -> jax.Array:
         return _mxfp4(q).astype(dtype)
     *lead, rows, cols = q.values.shape
     a, b = q.scale.shape[-2:]
-    blocks = q.values.astype(jnp.float32).reshape(*lead, a, rows // a, b, cols // b)
+    numbers = jax.lax.bitcast_convert_type(q.values, jnp.float8_e4m3fn).astype(jnp.float32)
+    blocks = numbers.reshape(*lead, a, rows // a, b, cols // b)
     return (blocks * q.scale[..., :, None, :, None]).reshape(q.values.shape).astype(dtype)
 
 
