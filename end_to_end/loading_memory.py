@@ -1,0 +1,250 @@
+"""How much memory loading a target takes, on one process and on two that share it.
+
+    python3 end_to_end/loading_memory.py            (a checkpoint of 4 GB, in a temporary folder)
+    python3 end_to_end/loading_memory.py --gigabytes 1
+
+Writes a Qwen3-MoE with random bfloat16 weights, loads it in fresh processes on the CPU, where host
+and device memory are one, and prints the most memory each process held, what it read, and the
+largest piece that it held a second time on the way to the device. Exit status 0: every bound held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+# The repository's root, not this folder: no file in it may shadow a library.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import ml_dtypes  # noqa: E402
+import numpy as np  # noqa: E402
+
+MB = 1e6
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 24,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 32768,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+RULES_OF = Path(__file__).resolve().parent.parent / "configs" / "base.yml"
+
+
+# -------------------------------------------------------------------------------- the checkpoint
+def target_table(config: dict, dtype=ml_dtypes.bfloat16):
+    from MaxDraft.targets.registry import dims_from_config
+    from MaxDraft.targets.table import decoder_params
+
+    return decoder_params(dims_from_config(config), (0, 1, 2), dtype)
+
+
+def sizes(config: dict) -> tuple[int, int]:
+    """Bytes of the whole target, and of its largest layer."""
+    from MaxDraft.convert.target_checkpoint import target_memory
+
+    layers = config["num_hidden_layers"]
+    whole = target_memory(target_table(config))
+    return whole, target_memory(target_table(config | {"num_hidden_layers": layers + 1})) - whole
+
+
+def write_checkpoint(folder: Path, config: dict) -> None:
+    """config.json and shards of about a gigabyte."""
+    from MaxDraft.convert.loading import stored_shape, tensor_names
+    from MaxDraft.layers.params import flatten
+
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {
+        name: stored_shape(param)
+        for _, param in flatten(target_table(config))
+        for name in tensor_names(param, param.ways[0])
+    }
+    shards, size = [{}], 0
+    for name, shape in tensors.items():
+        if size > 1e9:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += 2 * int(np.prod(shape))
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        write_shard(folder / file, shard)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_shard(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """One safetensors file of random bfloat16 numbers."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    numbers = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype(ml_dtypes.bfloat16)
+    block = numbers.tobytes()
+    with file.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        while end > 0:
+            stream.write(block[: min(end, len(block))])
+            end -= len(block)
+
+
+# ------------------------------------------------------------------------------------ one process
+def load_and_report(folder: Path, processes: int, number: int, address: str) -> None:
+    """Loads this process' part and prints what it took, as one line of JSON."""
+    import jax
+    from jax.sharding import Mesh
+
+    if processes > 1:
+        jax.distributed.initialize(address, processes, number)
+    from MaxDraft import pyconfig
+    from MaxDraft.convert import loading, target_checkpoint
+    from MaxDraft.layers.params import shardings
+
+    config = json.loads((folder / "config.json").read_text())
+    table = target_table(config)
+    rules = pyconfig.initialize(["", str(RULES_OF)]).logical_axis_rules
+    devices = np.array(jax.devices()).reshape(1, 1, processes, 1)
+    mesh = Mesh(devices, ("data", "fsdp", "expert", "tensor"))
+    pieces = count_pieces(loading)
+    before, peak = status("VmHWM"), AnonymousPeak()
+    tree = target_checkpoint.load_target(
+        folder, table, shardings(table, mesh, rules) if processes > 1 else None
+    )
+    jax.block_until_ready(tree)
+    held = sum(s.data.nbytes for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards)
+    report = {
+        "bytes_read": sum(pieces),
+        "largest_piece": max(pieces),
+        "parameters": held,
+        "before": before,
+        "peak": status("VmHWM"),
+        "anonymous_peak": peak.stop(),
+    }
+    print(json.dumps(report), flush=True)
+    if processes > 1:
+        jax.distributed.shutdown()
+
+
+def count_pieces(loading) -> list[int]:
+    """Bytes of every piece that is read from now on, all of bfloat16 as in the files."""
+    pieces, place = [], loading._place
+
+    def counted(param, sharding, read, axis):
+        def counting(ranges):
+            piece = read(ranges)
+            pieces.append(piece.nbytes)
+            return piece
+
+        return place(param, sharding, counting, axis)
+
+    loading._place = counted
+    return pieces
+
+
+def status(field: str) -> int:
+    """Bytes that /proc says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+class AnonymousPeak:
+    """The most memory that is no file's, looked at a hundred times a second."""
+
+    def __init__(self):
+        self._most, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.01):
+            self._most = max(self._most, status("RssAnon"))
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self._most
+
+
+# --------------------------------------------------------------------------------------- together
+def run(folder: Path, processes: int) -> list[dict]:
+    """What each of so many fresh processes reports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    said = [sys.executable, __file__, f"--folder={folder}", f"--processes={processes}"]
+    started = [
+        subprocess.Popen(
+            [*said, f"--number={number}", f"--address={address}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    lines = [process.communicate()[0].splitlines()[-1:] for process in started]
+    if any(process.returncode for process in started) or not all(lines):
+        raise SystemExit("a loading process failed")
+    return [json.loads(line) for [line] in lines]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    for name in ("--folder", "--address"):
+        parser.add_argument(name, default="", help=argparse.SUPPRESS)
+    for name in ("--processes", "--number"):
+        parser.add_argument(name, type=int, default=0, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.folder:
+        load_and_report(Path(asked.folder), asked.processes, asked.number, asked.address)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder, config = Path(name), CONFIG | {"num_hidden_layers": 4}
+        whole, layer = sizes(config)
+        config["num_hidden_layers"] += max(0, round((asked.gigabytes * 1e9 - whole) / layer))
+        write_checkpoint(folder, config)
+        whole, layer = sizes(config)
+        print(f"checkpoint {whole / MB:.0f} MB, its largest layer {layer / MB:.0f} MB")
+        held = True
+        for processes in (1, 2):
+            for number, found in enumerate(run(folder, processes)):
+                print(
+                    f"process {number + 1} of {processes}: read {found['bytes_read'] / MB:.0f} MB "
+                    f"({found['bytes_read'] / whole:.1%} of the checkpoint), largest piece "
+                    f"{found['largest_piece'] / MB:.0f} MB; most memory "
+                    f"{found['peak'] / MB:.0f} MB = {found['before'] / MB:.0f} MB before loading "
+                    f"+ {found['parameters'] / MB:.0f} MB parameters + "
+                    f"{(found['peak'] - found['before'] - found['parameters']) / MB:.0f} MB "
+                    f"(without files {found['anonymous_peak'] / MB:.0f} MB)"
+                )
+                held &= found["bytes_read"] < whole / processes * 1.01
+                held &= found["largest_piece"] <= layer
+                held &= found["peak"] < found["before"] + found["parameters"] + layer
+    print("every bound held" if held else "FAILED: a bound did not hold")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
