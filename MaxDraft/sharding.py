@@ -66,6 +66,11 @@ def axis_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _active.reset(token)
 
 
+def active_rules() -> tuple[Mesh, dict[str, tuple[str, ...]]] | None:
+    """The mesh and {logical axis: mesh axes} of the innermost `axis_rules`; None outside."""
+    return _active.get()
+
+
 def partition_spec(axes: Sequence[str | None], rules: dict[str, tuple[str, ...]]) -> PartitionSpec:
     """Logical axes of one array -> PartitionSpec; a mesh axis may serve one dimension only."""
     parts, used = [], set()

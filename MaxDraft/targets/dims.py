@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from MaxDraft.layers.experts import Experts, Router  # noqa: F401, families import all from here
 from MaxDraft.layers.params import Stored
 from MaxDraft.layers.rope import Rope
 
@@ -73,36 +74,6 @@ class Mlp:
     intermediate_size: int
     activation: str = "silu"  # silu or gelu_tanh
     bias: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Router:
-    """How a token chooses `top_k` of the experts, and their weights (layers/experts.py)."""
-
-    top_k: int
-    scores: str = "softmax"  # softmax or sigmoid of the router's logits; softmax_top: of the chosen
-    bias: bool = False  # of the router's product
-    selection_bias: bool = False  # added to the scores for choosing only, never to the weights
-    normalize: bool = False  # weights are divided by their sum
-    normalize_eps: float = 0.0  # added to that sum
-    factor: float = 1.0  # weights are multiplied by it
-    groups: int = 1  # experts are chosen from the best `top_groups` of so many groups
-    top_groups: int = 1
-    group_score: str = "max"  # of a group: its best expert's, or "top2": the sum of its best two
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """A mixture of experts, each a gated MLP; optionally one that every token takes."""
-
-    num_experts: int
-    intermediate_size: int  # of one expert
-    router: Router
-    activation: str = "silu"  # silu, gelu_tanh or clipped (gpt-oss: swiglu with bounds)
-    bias: bool = False  # of the experts' products
-    weigh_input: bool = False  # the weight multiplies an expert's input, not its output (Llama 4)
-    shared_size: int = 0  # intermediate size of the expert that every token takes; 0: none
-    shared_gate: bool = False  # its output is multiplied by the sigmoid of a product with x
 
 
 @dataclasses.dataclass(frozen=True)
