@@ -5,8 +5,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import models
+import numpy as np
 import reference
 
 from MaxDraft.drafts import alignment as alignments
@@ -97,7 +97,8 @@ def _compiled(dims, steps, attention_block, vocab_block, decay, gradients):
             attention_block,
         )
         teacher = Teacher(
-            batch["final"], *decoder.full_vocabulary(target, models.tiny_dims(), batch["final"], vocab_block)
+            batch["final"],
+            *decoder.full_vocabulary(target, models.tiny_dims(), batch["final"], vocab_block),
         )
         head = decoder.draft_head_weight(target, draft_ids)
         rows = losses.judge(params, dims, states, teacher, head, draft_ids, vocab_block)

@@ -1,6 +1,5 @@
 """Losses and gradients do not depend on the mesh; what cannot be split is a clear error."""
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -27,7 +26,13 @@ from MaxDraft.targets.table import decoder_params
 BASE = yaml.safe_load((Path(__file__).parents[1] / "configs" / "base.yml").read_text())
 RULES = BASE["logical_axis_rules"]
 AXES = tuple(BASE["mesh_axes"])
-LAYOUTS = {"replicated": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "tensor": (1, 1, 1, 8), "mixed": (2, 2, 1, 2)}
+LAYOUTS = {
+    "replicated": (8, 1, 1, 1),
+    "fsdp": (1, 8, 1, 1),
+    "expert": (1, 1, 8, 1),
+    "tensor": (1, 1, 1, 8),
+    "mixed": (2, 2, 1, 2),
+}
 
 B, T, K, V = 8, 12, 2, 32
 ROPE = Rope(theta=10000.0, head_dim=4)
@@ -120,7 +125,13 @@ def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
 @needs_eight
 @pytest.mark.parametrize(
     ("layout", "shares"),
-    [("replicated", (1, 1)), ("fsdp", (8, 8)), ("expert", (8, 8)), ("tensor", (8, 8)), ("mixed", (4, 4))],
+    [
+        ("replicated", (1, 1)),
+        ("fsdp", (8, 8)),
+        ("expert", (8, 8)),
+        ("tensor", (8, 8)),
+        ("mixed", (4, 4)),
+    ],
 )
 def test_a_layout_splits_the_matrices_over_its_devices(layout, shares):
     mesh = sharding.make_mesh(AXES, LAYOUTS[layout], (1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang & Sennrich 2019), and soft caps."""
+"""RMSNorm, y = x / sqrt(mean(x^2) + eps) * weight in float32 (Zhang & Sennrich 2019); soft caps."""
 
 import jax
 import jax.numpy as jnp
