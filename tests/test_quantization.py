@@ -3,6 +3,8 @@
 Expected numbers come from a plain loop over blocks in NumPy, and from transformers.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,7 +16,7 @@ from safetensors.numpy import save_file
 from MaxDraft.convert.kept import dequantized, keep_quantized
 from MaxDraft.convert.loading import load_parameters
 from MaxDraft.convert.quantization import check_quantization, pair
-from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError, open_safetensors
+from MaxDraft.convert.safetensors_files import INDEX, SINGLE, CheckpointError, open_safetensors
 from MaxDraft.convert.target_checkpoint import load_target, target_memory, unused_tensors
 from MaxDraft.layers import quantized
 from MaxDraft.layers.mlp import linear
@@ -202,6 +204,17 @@ def test_a_missing_scale_is_an_error_that_names_both(tmp_path):
             load(tmp_path, {"x.weight": fp8_values(40, 24), **other}, param)
         for name in ("x.weight:", "F8_E4M3", "x.weight_scale_inv", "x.weight_scale"):
             assert name in str(error.value)
+
+
+def test_a_scale_may_lie_in_another_file_than_its_weight(tmp_path):
+    values, scale = fp8_values(40, 24), scales(40, 1)
+    parts = {"a.safetensors": {"w": values}, "b.safetensors": {"w_scale": scale}}
+    for file, tensors in parts.items():
+        save_file(tensors, tmp_path / file)
+    weight_map = {name: file for file, tensors in parts.items() for name in tensors}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    loaded = load_target(tmp_path, Param((24, 40), MATRIX, "w", np.float32, transposed=True))
+    assert_same_bits(loaded, (values.astype(np.float32) * scale).T)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (24,), (3, 3, 1), (2,), (24, 1)])

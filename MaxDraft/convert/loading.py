@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -22,6 +25,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from MaxDraft.convert.quantization import (
     Fp8Tensor,
+    Index,
     Mxfp4Tensor,
     Reader,
     ScaleTensor,
@@ -168,14 +172,15 @@ class Source:
         if len(index) < 2 or not (computed or self.way.transposed):
             out[...] = read(index)
             return
-        file_rows_last = self.way.transposed or isinstance(tensor, Mxfp4Tensor)
-        for lead, out_lead in _one_by_one(index[:-2]):
-            rows, cols = index[-2:]
-            for at, strip in _strips(cols if file_rows_last else rows):
-                if file_rows_last:
-                    out[(*out_lead, slice(None), at)] = read((*lead, rows, strip))
-                else:
-                    out[(*out_lead, at)] = read((*lead, strip, cols))
+        # Strips of the file's rows, which are the parameter's last dimension where it is turned.
+        axis = -1 if self.way.transposed or isinstance(tensor, Mxfp4Tensor) else -2
+
+        def copy_strip(strip: tuple[Index, Index]) -> None:
+            there, here = strip
+            out[here] = read(there)
+
+        for _ in _threads().map(copy_strip, _strips(index, axis)):
+            pass  # or what a thread raised would be lost
 
     def _reader(self) -> Reader:
         tensor = self.tensor
@@ -188,20 +193,28 @@ class Source:
         return tensor.reader(self.way, self.shape)
 
 
-def _one_by_one(lead: tuple[slice, ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """(index, index in the output) of every expert; of everything, where there are none."""
-    if not lead:
-        yield (), ()
-        return
-    for row, expert in enumerate(range(lead[0].start, lead[0].stop)):
-        yield (slice(expert, expert + 1),), (slice(row, row + 1),)
+def _strips(index: Index, axis: int) -> Iterator[tuple[Index, Index]]:
+    """(place in the parameter, place in the output) of every strip of every expert."""
+    sizes = [1] * (len(index) - 2) + [at.stop - at.start for at in index[-2:]]
+    sizes[axis] = _STRIP
+    for starts in itertools.product(
+        *(range(at.start, at.stop, size) for at, size in zip(index, sizes, strict=True))
+    ):
+        there = tuple(
+            slice(start, min(start + size, at.stop))
+            for start, size, at in zip(starts, sizes, index, strict=True)
+        )
+        here = tuple(
+            slice(part.start - at.start, part.stop - at.start)
+            for part, at in zip(there, index, strict=True)
+        )
+        yield there, here
 
 
-def _strips(along: slice) -> Iterator[tuple[slice, slice]]:
-    """(place in the output, range) of every strip."""
-    for start in range(along.start, along.stop, _STRIP):
-        stop = min(start + _STRIP, along.stop)
-        yield slice(start - along.start, stop - along.start), slice(start, stop)
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Strips are read and converted side by side: neither holds Python's lock."""
+    return ThreadPoolExecutor(os.cpu_count(), "loading")
 
 
 def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) -> jax.Array:

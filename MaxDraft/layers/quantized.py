@@ -3,6 +3,9 @@
     FP8     w[i, o] = values[i, o] * scale[i // a, o // b]
     MXFP4   w[i, o] = e2m1(nibble i of values[:, o]) * 2 ^ (scale[i // 32, o] - 127)
 
+Values are bytes, also those of FP8: bytes are sliced where they lie, while a compiler without 8-bit
+floats first turns a whole array of them into something wider.
+
 A scan takes one tile of q at a time, dequantises it and multiplies, so that the dequantised matrix
 never exists as a whole. Tiles lie along q.tiled:
     "in"    y = sum over tiles of x[:, tile] @ w[tile, :], summed in float32
