@@ -18,7 +18,6 @@ from MaxDraft.targets.dims import (
     Attention,
     DecoderDims,
     DeltaNet,
-    Experts,
     LatentAttention,
     Layer,
 )

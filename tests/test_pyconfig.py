@@ -317,8 +317,8 @@ IMPOSSIBLE = {
     "ici_data_parallelism=-1": "ici_data_parallelism and ici_fsdp_parallelism are both -1",
     "ici_tensor_parallelism=0": "ici_tensor_parallelism must be at least 1, or -1",
     "dcn_data_parallelism=-1 dcn_fsdp_parallelism=-1": "are both -1; only one can take the slices",
-    "mesh_axes=[data,fsdp]": "mesh_axes must name each of data, fsdp, tensor once",
-    "mesh_axes=[data,fsdp,tensor,tensor]": "mesh_axes must name each of",
+    "mesh_axes=[data,fsdp]": "mesh_axes must name each of data, fsdp, expert, tensor once",
+    "mesh_axes=[data,fsdp,expert,tensor,tensor]": "mesh_axes must name each of",
     "logical_axis_rules=[[draft_mlp,[tensr]]]": "no mesh axis; did you mean 'tensor'",
     "logical_axis_rules=[[draft_mlp,[tensor,tensor]]]": "names mesh axis 'tensor' twice",
     "logical_axis_rules=[[draft_mlp,[]],[draft_mlp,[data]]]": "draft_mlp has two rules",
@@ -384,10 +384,10 @@ def test_a_real_model_needs_a_target_and_data(target):
         "distributed_coordinator=node0:8476 distributed_num_processes=2 distributed_process_id=1",
         "grain_eval_files=x eval_fraction=0",
         "target_layer_ids=[0,1,2]",
-        "logical_axis_rules=[[draft_batch,[data,fsdp,tensor]]]",
+        "logical_axis_rules=[[draft_batch,[data,fsdp,expert,tensor]]]",
         "decode_temperature=0",
         "gradient_clipping_threshold=0",
-        "mesh_axes=[tensor,data,fsdp]",
+        "mesh_axes=[tensor,data,fsdp,expert]",
     ],
 )
 def test_what_can_run_is_accepted(arguments):
@@ -415,7 +415,7 @@ def test_the_configuration_is_frozen_at_any_depth():
         del config.steps
     with pytest.raises(TypeError):
         config.target_config["a"]["b"] = 1
-    assert config.logical_axis_rules[0] == ("target_batch", ("data", "fsdp"))
+    assert config.logical_axis_rules[0] == ("target_batch", ("data", "fsdp", "expert"))
     config.as_dict()["target_config"]["a"]["b"].append(2)
     assert config.target_config["a"]["b"] == (1,)
 

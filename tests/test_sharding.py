@@ -182,7 +182,7 @@ def test_features_are_right_where_more_devices_than_key_heads_share_a_layer():
         return decoder.features(target, *arrays, dims, CAPTURE, jnp.float32, 5)[1]
 
     expected = jax.jit(lambda *args: features(*args))(target, batch)
-    mesh = sharding.make_mesh(AXES, (1, 1, 8), (1, 1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (1, 1, 1, 8), (1, 1, 1, 1))
     placed = jax.device_put(target, parameters.shardings(table, mesh, RULES))
     with axis_rules(mesh, RULES):
         ours = jax.jit(features)(placed, batch)
@@ -219,7 +219,7 @@ def test_logical_axes_become_mesh_axes_by_the_rules():
 @needs_eight
 def test_a_parameters_draw_does_not_depend_on_the_mesh():
     table, alone = TABLES[0], initial()[0]
-    mesh = sharding.make_mesh(AXES, (1, 4, 2), (1, 1, 1, 1))
+    mesh = sharding.make_mesh(AXES, (1, 4, 1, 2), (1, 1, 1, 1))
     placement = parameters.shardings(table, mesh, RULES)
     drawn = jax.jit(lambda: parameters.initialize(table, 0), out_shardings=placement)()
     for mine, theirs in zip(jax.tree.leaves(drawn), jax.tree.leaves(alone), strict=True):

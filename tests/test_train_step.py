@@ -40,7 +40,8 @@ def config(*overrides, warmup=0.0):
 
 def programs(settings, devices=1, total_steps=10):
     mesh = jax.sharding.Mesh(
-        np.array(jax.devices()[:devices]).reshape(1, devices, 1), ("data", "fsdp", "tensor")
+        np.array(jax.devices()[:devices]).reshape(1, devices, 1, 1),
+        ("data", "fsdp", "expert", "tensor"),
     )
     return make_programs(settings, TARGET, HEAD, CAPTURE, mesh, total_steps)
 

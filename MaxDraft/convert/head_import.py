@@ -111,8 +111,11 @@ def _dims(folder: Path, layer: Mapping[str, Any]) -> HeadDims:
         raise CheckpointError(f"config.json in {folder} has no {', '.join(missing)}")
     said = layer.get("rope_theta") is not None or layer.get("rope_parameters")
     try:
-        hf_config.require_silu(layer)
         rope = hf_config.rope(layer if said else {**layer, "rope_theta": _ENGINES_THETA})
+        if hf_config.activation(layer) != "silu":
+            raise TargetError(f"hidden_act '{layer['hidden_act']}': a head's is silu")
+        if rope.kind == "longrope" or rope.head_dim != hf_config.head_dim(layer):
+            raise TargetError("a head turns all dimensions, by no longrope: engines read no other")
     except TargetError as error:
         raise CheckpointError(f"the draft head in {folder}: {error}") from error
     return HeadDims(

@@ -91,7 +91,8 @@ class Quantized:
     """A matrix kept in memory as its checkpoint holds it, dequantised in the product (linear).
 
     In a table its leaves are Params, in a tree of parameters arrays.
-    FP8     values float8_e4m3fn [..., in, out]; scale float32 [..., in / a, out / b] with any
+    FP8     values uint8 [..., in, out], the bits of float8_e4m3fn (of a float8 array XLA on a CPU
+            makes a float16 one ahead of every scan); scale float32 [..., in / a, out / b] with any
             block a x b: 128 x 128, or a whole column, or everything
     MXFP4   values uint8 [..., in / 2, out], two e2m1 numbers a byte, the even input in the low
             half; scale uint8 [..., in / 32, out], exponents of two with bias 127
