@@ -155,20 +155,34 @@ def write_file(name):
 
 
 def report():
-    """Largest relative error over all 1024 positions, by family: logits and the three features."""
+    """A line per target: lines of its family's file, largest relative errors over all 1024
+    positions of the logits and the three features, kinds of its layers and switches it has on.
+    """
     import jax
+    from goldens.switches import described
     from test_targets import errors_against, our_target
 
+    from MaxDraft.targets.registry import FAMILIES, dims_from_config, text_config
+
     jax.config.update("jax_default_matmul_precision", "highest")
-    print(f"{'max |a-b| / max |b|':20} {'logits':>9} {'feature 0':>9} {'1':>9} {'2':>9}")
-    for family, config in recipe.CONFIGS.items():
-        model = transformers_model(config)
-        theirs = expected(model, config, recipe.draw_tokens(config))
-        errors = errors_against(our_target(model.config.to_dict()), *theirs)
-        print(f"{family:20} " + " ".join(f"{error:9.1e}" for error in errors))
+    errors = " ".join(f"{what:>9}" for what in ("logits", "feature 0", "1", "2"))
+    print(f"{'':26} {'lines':>5} {'max |a-b| / max |b|':>39}\n{'':32} {errors}  switches")
+    for name, config in recipe.CONFIGS.items():
+        family = FAMILIES[text_config(config)["model_type"]]
+        lines = len(Path(family.__file__).read_text().splitlines())
+        with tempfile.TemporaryDirectory() as folder:
+            recipe.write_checkpoint(folder, config, tensor_shapes(name))
+            theirs = expected(name, transformers_model(name, folder))
+            found = errors_against(our_target(name, folder), *theirs)
+        errors = " ".join(f"{error:9.1e}" for error in found)
+        print(f"{name:26} {lines:5} {errors}  {described(dims_from_config(config))}", flush=True)
 
 
 if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if "--report" in sys.argv[1:]:
         report()
     else:

@@ -492,7 +492,8 @@ _TOKEN_SEEDS = {
     "mixtral_window": 1,
     "llama4_maverick": 1,
     "llama4_multimodal": 2,
-    "qwen3_5_moe_text": 1,
+    "qwen3_next": 5,
+    "qwen3_5_moe_multimodal": 3,
 }
 
 _VECTORS = {  # last part of a name -> (mean, deviation)
@@ -501,7 +502,7 @@ _VECTORS = {  # last part of a name -> (mean, deviation)
     "gate_up_proj_bias": (0.0, 2.0),  # some activations beyond the bounds of gpt-oss
     "e_score_correction_bias": (0.0, 0.2),
     "sinks": (2.0, 1.0),
-    "A_log": (-2.0, 1.5),  # states that last from one token to hundreds
+    "A_log": (-3.0, 1.0),  # states that last from a few tokens to hundreds
     "dt_bias": (0.0, 1.0),
 }
 _GAINS = {  # the last two parts of a name -> gain of its matrix
