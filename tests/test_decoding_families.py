@@ -82,7 +82,7 @@ def test_greedy_replies_are_the_same_with_drafts_and_without(family):
         shape.rope,
     )
     head = parameters.initialize(head_params(head_dims), 1)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(2)  # no token of any reply is nearly tied with another
     prompts = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, 20)), jnp.int32)
     lengths = jnp.asarray([20, 13])
     how = {"max_new_tokens": 24, "stop_ids": (0,), "temperature": 0.0}
