@@ -34,7 +34,7 @@ from MaxDraft.layers.mlp import ACTIVATIONS, gated_mlp, linear
 from MaxDraft.layers.params import Quantized, Tree
 
 MATRICES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 256  # rows
+_SMALL_BLOCK, _LARGE_BLOCK = 8, 256  # rows
 _CLIP, _ALPHA = 7.0, 1.702  # of gpt-oss
 
 
@@ -195,9 +195,15 @@ def in_blocks(x, chosen, weights, w, dims: Experts) -> jax.Array:
 
 
 def block_rows(pairs: int, num_experts: int) -> int:
-    """A quarter of an expert's mean share, so that at most that much of its last block is idle."""
-    share = max(1, pairs // (4 * num_experts))
-    return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (share.bit_length() - 1)))
+    """Rows of a block, a power of two.
+
+    A quarter of an expert's mean share, so that its last block idles by at most a quarter of it;
+    but 8 rows if it has as many, since every block reads the expert's matrices anew. In all, no
+    more than twice the pairs' rows are multiplied, and 1.25 times where shares are large.
+    """
+    share = pairs // num_experts
+    rows = max(1, share // 4, min(share, _SMALL_BLOCK))
+    return min(_LARGE_BLOCK, 1 << (rows.bit_length() - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,5 +346,10 @@ def _cut_scales(q: Quantized, inputs: int, outputs: int) -> Quantized:
     for axis, size, parts in ((-2, q.in_size, inputs), (-1, q.values.shape[-1], outputs)):
         if parts > 1:
             block = size // scale.shape[axis]
+            if q.kind == "mxfp4" and axis == -2 and size // parts % block:
+                raise sharding.ShardingError(
+                    f"experts' {size} inputs cannot be split over {parts} devices: MXFP4 has one "
+                    f"scale for {block} of them; lower ici_tensor_parallelism"
+                )
             scale = jnp.repeat(scale, block // math.gcd(block, size // parts), axis)
     return dataclasses.replace(q, scale=scale, in_size=q.in_size // inputs)

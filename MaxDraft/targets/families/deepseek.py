@@ -20,7 +20,9 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     router = _softmax(config) if config["model_type"] == "deepseek_v2" else sigmoid_router(config)
     mixer, dense = hf_config.latent_attention(config), field(config, "first_k_dense_replace")
     moe, mlp = experts(config, router), hf_config.mlp(config)
-    layers = [Layer(mixer, mlp if i < dense else moe) for i in range(config["num_hidden_layers"])]
+    layers = [
+        Layer(mixer, mlp if i < dense else moe) for i in range(field(config, "num_hidden_layers"))
+    ]
     return hf_config.decoder(config, layers)
 
 

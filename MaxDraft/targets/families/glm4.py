@@ -20,7 +20,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     layer = Layer(mixer, hf_config.mlp(config), post_norms=True)
     return hf_config.decoder(
         config,
-        [layer] * config["num_hidden_layers"],
+        [layer] * hf_config.field(config, "num_hidden_layers"),
         names=(
             ("attention_post_norm", (Stored("post_self_attn_layernorm.weight"),)),
             ("mlp_post_norm", (Stored("post_mlp_layernorm.weight"),)),

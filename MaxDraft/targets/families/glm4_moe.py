@@ -21,5 +21,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     )
     moe = deepseek.experts(config, deepseek.sigmoid_router(config))
     mlp, dense = hf_config.mlp(config), field(config, "first_k_dense_replace")
-    layers = [Layer(mixer, mlp if i < dense else moe) for i in range(config["num_hidden_layers"])]
+    layers = [
+        Layer(mixer, mlp if i < dense else moe) for i in range(field(config, "num_hidden_layers"))
+    ]
     return hf_config.decoder(config, layers)

@@ -15,4 +15,6 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     bias = config.get("attention_bias", False)
     mixer = hf_config.attention(config, qkv_bias=bias, output_bias=bias)
     mlp = dataclasses.replace(hf_config.mlp(config), bias=config.get("mlp_bias", False))
-    return hf_config.decoder(config, [Layer(mixer, mlp)] * config["num_hidden_layers"])
+    return hf_config.decoder(
+        config, [Layer(mixer, mlp)] * hf_config.field(config, "num_hidden_layers")
+    )

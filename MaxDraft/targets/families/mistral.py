@@ -13,4 +13,4 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     mixer = hf_config.attention(config, window=config.get("sliding_window") or 0)
     layer = Layer(mixer, hf_config.mlp(config))
-    return hf_config.decoder(config, [layer] * config["num_hidden_layers"])
+    return hf_config.decoder(config, [layer] * hf_config.field(config, "num_hidden_layers"))

@@ -23,7 +23,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mlp = hf_config.mlp(config)
     return hf_config.decoder(
         config,
-        [Layer(mixer, mlp)] * config["num_hidden_layers"],
+        [Layer(mixer, mlp)] * hf_config.field(config, "num_hidden_layers"),
         max_length=hf_config.longrope_length(config),
         names=(
             *(
