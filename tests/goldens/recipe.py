@@ -454,6 +454,16 @@ CONFIGS = {
         "sliding_window": None,
         "tie_word_embeddings": True,
     },
+    "seed_oss": {
+        **_COMMON,
+        **_rope(theta=10000000.0),
+        "model_type": "seed_oss",
+        "num_hidden_layers": 7,
+        "head_dim": 24,
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "tie_word_embeddings": False,
+    },
     "mistral": {**_MISTRAL, "sliding_window": None},
     "mistral_window": {**_MISTRAL, "num_hidden_layers": 7, "sliding_window": 100},
     "qwen3_next": {
