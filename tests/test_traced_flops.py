@@ -1,14 +1,25 @@
 """traced_flops.py against XLA's own count where XLA has one, and against numbers by hand."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import recipe
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from models import ROPE
 
+from MaxDraft import flops
+from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.layers import params as parameters
+from MaxDraft.targets import decoder
+from MaxDraft.targets.dims import Attention
+from MaxDraft.targets.plan import check_capture
+from MaxDraft.targets.registry import dims_from_config
+from MaxDraft.targets.table import decoder_params
 from MaxDraft.traced_flops import count
 
 X, W = jnp.ones((4, 6)), jnp.ones((6, 10))
@@ -135,3 +146,32 @@ def test_products_that_run_who_knows_how_often_are_an_error():
     with pytest.raises(ValueError, match="while"):
         on_cpu(function, jnp.ones((3, 3)))
     assert on_cpu(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x), 1) == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "llama4_scout"])
+def test_the_targets_model_flops_are_those_of_its_traced_program(family):
+    # Counted by hand, attention is the causal half and windows are seen; the program has all.
+    dims = dims_from_config(recipe.CONFIGS[family])
+    capture, length = check_capture((), dims.num_layers), 64
+    wide = dataclasses.replace(
+        dims,
+        layers=tuple(
+            dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, chunk=0))
+            if isinstance(layer.mixer, Attention)
+            else layer
+            for layer in dims.layers
+        ),
+    )
+    head = HeadDims(64, 64, 4, 2, 16, 50, 200, 1e-6, ROPE)
+    parts = flops.per_token(wide, head, 1, length)
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def features(params, tokens, positions, segments):
+        return decoder.features(
+            params, tokens, positions, segments, dims, capture, jnp.float32, length
+        )
+
+    params = parameters.abstract(decoder_params(dims, capture, jnp.float32))
+    counted = count(features, params, row, row, row, platform="tpu")
+    expected = length * (parts["target layers"] + 2 * parts["target attention"])
+    assert counted == pytest.approx(expected, rel=1e-6)

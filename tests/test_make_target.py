@@ -1,0 +1,77 @@
+"""The targets of end_to_end/test_families.sh are files as people have them."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from MaxDraft.convert.kept import keep_quantized
+from MaxDraft.convert.target_checkpoint import (
+    load_target,
+    open_weights,
+    read_config,
+    unused_tensors,
+)
+from MaxDraft.layers.params import Quantized
+from MaxDraft.targets.plan import default_capture
+from MaxDraft.targets.registry import dims_from_config
+from MaxDraft.targets.table import decoder_params
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "end_to_end"))
+
+import make_target
+
+QUANTISED = {"deepseek_v3", "gpt_oss"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = {}
+
+    def write(family):
+        if family not in made:
+            made[family] = make_target.write(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return write
+
+
+def table_of(folder):
+    dims = dims_from_config(read_config(folder))
+    return decoder_params(dims, default_capture(dims.num_layers), jnp.float32)
+
+
+@pytest.mark.parametrize("family", make_target.CONFIGS)
+def test_every_tensor_of_the_files_is_read_and_finite(folder, family):
+    table = table_of(folder(family))
+    loaded = load_target(folder(family), table)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(loaded))
+    left = unused_tensors(folder(family), table)
+    assert [line for line in left if "only the language model" not in line] == []
+
+
+@pytest.mark.parametrize("family", sorted(QUANTISED))
+def test_quantised_files_can_be_kept_as_they_are(folder, family):
+    kept = keep_quantized(table_of(folder(family)), open_weights(folder(family)))
+    nodes = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, Quantized))
+    assert any(isinstance(node, Quantized) for node in nodes)
+
+
+# Llama 4's files are a multimodal model's, without its vision tower.
+@pytest.mark.parametrize("family", sorted(make_target.CONFIGS.keys() - QUANTISED - {"llama4"}))
+def test_transformers_finds_every_tensor_it_wants_and_no_other(folder, family):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = folder(family)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True
+    )
+    assert {key: list(value) for key, value in found.items() if value} == {}
+    assert AutoTokenizer.from_pretrained(path).chat_template
+    with torch.no_grad():
+        logits = model(torch.arange(40)[None]).logits
+    assert np.isfinite(logits.numpy()).all()

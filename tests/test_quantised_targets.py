@@ -1,0 +1,130 @@
+"""A quantised target computes what its dequantised numbers say, kept in memory or not.
+
+FP8 in 128 x 128 blocks (DeepSeek-V3) and MXFP4 (gpt-oss), dequantised here by NumPy alone.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from harness import relative_error
+from safetensors.numpy import save_file
+
+from MaxDraft.convert.kept import keep_quantized
+from MaxDraft.convert.target_checkpoint import load_target, open_weights, read_config
+from MaxDraft.targets import decoder
+from MaxDraft.targets.plan import default_capture
+from MaxDraft.targets.registry import dims_from_config
+from MaxDraft.targets.table import decoder_params
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "end_to_end"))
+
+import make_target
+
+FAMILIES = ("deepseek_v3", "gpt_oss")
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+LENGTH = 48
+
+
+def dequantised(tensors):
+    """Every tensor as plain float32 numbers, by the formats' definitions."""
+    plain = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == ml_dtypes.float8_e4m3fn:
+            rows, cols = tensor.shape
+            scale = np.repeat(np.repeat(tensors[name + "_scale_inv"], 128, 0), 128, 1)
+            plain[name] = tensor.astype(np.float32) * scale[:rows, :cols]
+        elif name.endswith("_blocks"):
+            base = name.removesuffix("_blocks")
+            codes = np.stack([tensor & 15, tensor >> 4], -1).reshape(*tensor.shape[:-1], 32)
+            numbers = np.where(codes > 7, -1, 1) * FP4[codes & 7]
+            power = tensors[base + "_scales"].astype(np.float32) - 127
+            numbers = numbers * np.exp2(power)[..., None]
+            plain[base] = numbers.reshape(*numbers.shape[:2], -1).swapaxes(1, 2)
+        elif not name.endswith(("_scale_inv", "_scales")):
+            plain[name] = tensor.astype(np.float32)
+    return {name: np.ascontiguousarray(x.astype(np.float32)) for name, x in plain.items()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folders(request, tmp_path_factory):
+    """Folders of one target: as drawn, quantised, and with the quantised file's numbers."""
+    config = make_target.CONFIGS[request.param]
+    unquantised = {k: v for k, v in config.items() if k != "quantization_config"}
+    folder = tmp_path_factory.mktemp(request.param)
+    found = [folder / name for name in ("drawn", "quantised", "dequantised")]
+    for path in found:
+        path.mkdir()
+    make_target.write_weights(unquantised, found[0])
+    make_target.write_weights(config, found[1])
+    make_target.tokenizer.write_json(found[2] / "config.json", unquantised)
+    quantize = make_target.QUANTIZERS[config["quantization_config"]["quant_method"]]
+    written = dict(
+        part for name, whole in make_target.stored(config) for part in quantize(name, whole)
+    )
+    save_file(dequantised(written), found[2] / "model.safetensors", metadata={"format": "pt"})
+    return found
+
+
+def table_of(folder):
+    dims = dims_from_config(read_config(folder))
+    return dims, decoder_params(dims, default_capture(dims.num_layers), jnp.float32)
+
+
+def logits_of(folder, keep=False):
+    dims, table = table_of(folder)
+    if keep:
+        table = keep_quantized(table, open_weights(folder))
+    params = load_target(folder, table)
+    tokens = jnp.arange(LENGTH)[None] * 7 % dims.vocab_size
+
+    def forward(params):
+        positions = jnp.arange(LENGTH)[None]
+        _, _, last = decoder.features(
+            params,
+            tokens,
+            positions,
+            positions * 0,
+            dims,
+            default_capture(dims.num_layers),
+            jnp.float32,
+            16,
+        )
+        return decoder.logits(params, dims, last)[0]
+
+    return np.asarray(jax.jit(forward)(params))
+
+
+def test_loaded_weights_are_the_dequantised_numbers_bit_for_bit(folders):
+    _, quantised, plain = folders
+    ours, theirs = (load_target(folder, table_of(folder)[1]) for folder in (quantised, plain))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_target_kept_quantised_computes_the_same(folders):
+    _, quantised, plain = folders
+    assert relative_error(logits_of(quantised, keep=True), logits_of(plain)) < 1e-5
+
+
+def test_logits_differ_from_the_unquantised_targets_by_the_quantisations_own_error(folders):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    def theirs(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
+        tokens = torch.arange(LENGTH)[None] * 7 % model.config.vocab_size
+        with torch.no_grad():
+            return model.eval()(tokens).logits[0].float().numpy()
+
+    drawn, quantised, plain = folders
+    ours, expected = logits_of(quantised), theirs(plain)
+    own_error = relative_error(expected, theirs(drawn))
+    assert relative_error(ours, expected) < 1e-4 < own_error
+    assert relative_error(ours, theirs(drawn)) < own_error + 1e-4
