@@ -50,6 +50,7 @@ VOCABULARY = 512
 CONVERSATIONS = 400
 LENGTH = 128  # tokens of the longest conversation
 HEAD_SCALE = 2.5  # length of a row of the LM head: how far apart logits are
+TIED_SCALE = 5.0  # of the last norm, where the embedding is the head: the same
 
 _BOS = tokenizer.SPECIAL_TOKENS.index(tokenizer.TEXT_END)
 _EOS = tokenizer.SPECIAL_TOKENS.index(tokenizer.TURN_END)
@@ -343,7 +344,7 @@ def draw(path: str, param: Param, dims: DecoderDims) -> np.ndarray:
     if name == "embed":
         x /= dims.embed_scale
     elif path == "norm" and dims.tied_head:
-        x = np.sign(x) - dims.norm_offset
+        x = TIED_SCALE * np.sign(x) - dims.norm_offset
     elif name.endswith("norm"):
         sandwich = branch if name.endswith("post_norm") else 1.0
         x = sandwich * (1 + 0.1 * x) - dims.norm_offset
