@@ -229,6 +229,15 @@ def test_a_sigmoid_router_tells_logits_apart_whose_sigmoids_are_all_one():
     np.testing.assert_array_equal(weights, [[1, 1]])
 
 
+def test_experts_outside_the_best_groups_are_not_chosen_over_biased_scores_below_zero():
+    router = ROUTERS["sigmoid, biased choice in groups"]
+    w = weights_of(Experts(E, I, router)) | {"score_bias": jnp.full(E, -3.0).at[:2].set(-2.0)}
+    x = inputs(40)
+    chosen, _ = route(x, w, router)
+    for token, mine in zip(float64(x), chosen, strict=True):
+        np.testing.assert_array_equal(mine, list(plain_route(token, float64(w), router)))
+
+
 def test_logits_are_float32_where_the_activations_are_bfloat16():
     # 1 and 1 + 2^-9 are one number in bfloat16.
     w = {
