@@ -20,6 +20,7 @@ from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers import params as parameters
 from MaxDraft.metric_logger import say
+from MaxDraft.run_target import target_table
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.wiring import Run
 
@@ -55,7 +56,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
 def _target_memory(run: Run) -> str:
     """Of the target's weights, in both forms where its files are quantised."""
     forms = {
-        form: target_memory(wiring.target_table(run.config, run.target, form == "keep")) / 1e9
+        form: target_memory(target_table(run.config, run.target, form == "keep")) / 1e9
         for form in ("dequantize", "keep")
     }
     now = f"{forms[run.config.target_quantization]:.3f} GB (1e9 bytes) in all"

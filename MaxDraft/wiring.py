@@ -19,7 +19,6 @@ from typing import Any
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,8 +26,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from MaxDraft import pyconfig, sharding
 from MaxDraft.checkpointing import Checkpoints, ResumeError, may_change
 from MaxDraft.convert import head_import, target_checkpoint
-from MaxDraft.convert.kept import keep_quantized
-from MaxDraft.convert.quantization import check_quantization
 from MaxDraft.convert.safetensors_files import CheckpointError, read_json
 from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
@@ -36,16 +33,20 @@ from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
-from MaxDraft.layers.rope import Rope
 from MaxDraft.metric_logger import say
 from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.run_data import RunData, open_data
+from MaxDraft.run_target import (
+    Target,
+    open_target,
+    saved_head_dims,
+    target_table,
+    wanted_head_dims,
+    with_embedded_target,
+)
 from MaxDraft.sharding import ShardingError
-from MaxDraft.targets import plan, registry
-from MaxDraft.targets.dims import DecoderDims, TargetError
-from MaxDraft.targets.draft_shape import draft_shape
-from MaxDraft.targets.table import decoder_params
-from MaxDraft.tiny_target.build import TinyTargetError, ensure_tiny_target
+from MaxDraft.targets.dims import TargetError
+from MaxDraft.tiny_target.build import TinyTargetError
 from MaxDraft.tiny_target.corpus import CorpusError
 from MaxDraft.train_step import Batch, Frozen, Programs, make_programs
 
@@ -82,17 +83,6 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
         sys.exit(130)
     print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A target checkpoint, read but not loaded."""
-
-    path: Path
-    config: dict[str, Any]  # the language model's part of its config.json
-    dims: DecoderDims
-    capture: tuple[int, ...]  # layers whose output the head reads
-    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +171,7 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         )
     # A run that has begun keeps the dimensions of its head, also where a warm start's folder is
     # gone; the keys they come from cannot change.
-    head_dims = _head_dims(saved["head"]) if saved else wanted_head_dims(config, target.dims)
+    head_dims = saved_head_dims(saved["head"]) if saved else wanted_head_dims(config, target.dims)
     if data:
         data.prompts(target.dims.max_length)  # or an error now, not after the training
         checkpoints.expect(
@@ -203,11 +193,6 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         programs=make_programs(config, target.dims, head_dims, target.capture, mesh, total_steps),
         checkpoints=checkpoints,
     )
-
-
-def _head_dims(saved: dict[str, Any]) -> HeadDims:
-    rope = Rope(**{**saved["rope"], "factors": tuple(saved["rope"].get("factors", ()))})
-    return HeadDims(**{**saved, "rope": rope})
 
 
 def start_jax(config: Config) -> None:
@@ -272,76 +257,6 @@ def lock_run_directory(config: Config) -> None:
 _held_locks: list[Any] = []
 
 
-def with_embedded_target(config: Config) -> Config:
-    """model_name=tiny without a target_path: makes its target and conversations, and names them."""
-    if config.target_path:
-        return config
-    if jax.process_index() == 0:
-        made = ensure_tiny_target(_tiny_folder(config), say)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tiny target")
-        made = ensure_tiny_target(_tiny_folder(config), say)
-    return Config(
-        config.as_dict()
-        | {
-            "target_path": str(made.target_path),
-            "grain_train_files": config.grain_train_files or str(made.conversations_path),
-        }
-    )
-
-
-def _tiny_folder(config: Config) -> Path:
-    return Path(config.base_output_directory).expanduser().absolute() / "tiny-target"
-
-
-def open_target(config: Config) -> Target:
-    """Reads and checks the target's config.json against the model file; loads no weight."""
-    path = config.target_directory
-    hf_config = registry.text_config(target_checkpoint.read_config(path))
-    check_quantization(hf_config)
-    target_checkpoint.check_target_config(
-        config.target_config, hf_config, f"configs/models/{config.model_name}.yml"
-    )
-    dims = registry.dims_from_config(hf_config)
-    capture = plan.check_capture(config.target_layer_ids, dims.num_layers)
-    if config.max_target_length > dims.max_length:
-        raise TargetError(
-            f"max_target_length={config.max_target_length} is longer than the {dims.max_length} "
-            f"positions of the target (max_position_embeddings, with longrope the original ones)"
-        )
-    return Target(path, hf_config, dims, capture, target_checkpoint.target_fingerprint(path))
-
-
-def wanted_head_dims(config: Config, target: DecoderDims) -> HeadDims:
-    """The head's dimensions: those of draft_shape, where the config does not say otherwise.
-
-    A warm start keeps the rotary embedding and the epsilon that its head was trained with.
-    """
-    shape = draft_shape(target)
-    head_dim = config.draft_head_dim or shape.head_dim
-    dims = HeadDims(
-        hidden_size=target.hidden_size,
-        intermediate_size=config.draft_intermediate_size or shape.intermediate_size,
-        num_heads=config.draft_num_attention_heads or shape.num_heads,
-        num_kv_heads=config.draft_num_key_value_heads or shape.num_kv_heads,
-        head_dim=head_dim,
-        draft_vocab_size=min(config.draft_vocab_size, target.vocab_size),
-        target_vocab_size=target.vocab_size,
-        norm_eps=target.norm_eps,
-        rope=dataclasses.replace(shape.rope, head_dim=head_dim),
-    )
-    if dims.num_heads % dims.num_kv_heads:
-        raise ConfigError(
-            f"the head's {dims.num_heads} query heads cannot share {dims.num_kv_heads} key/value "
-            f"heads evenly; set draft_num_attention_heads to a multiple of "
-            f"draft_num_key_value_heads"
-        )
-    if config.load_parameters_path:
-        warm = head_import.load_head(Path(config.load_parameters_path).expanduser()).dims
-        dims = dataclasses.replace(dims, rope=warm.rope, norm_eps=warm.norm_eps)
-    return dims
-
-
 def initial_head(run: Run) -> tuple[DraftVocabulary, Tree | None]:
     """Where a new run begins: the vocabulary of its data and no parameters, or a head's own."""
     path = run.config.load_parameters_path
@@ -360,14 +275,6 @@ def initial_head(run: Run) -> tuple[DraftVocabulary, Tree | None]:
 def vocabulary(run: Run, draft_to_target: np.ndarray) -> DraftVocabulary:
     """The draft vocabulary of a checkpoint."""
     return DraftVocabulary(draft_to_target, run.target.dims.vocab_size)
-
-
-def target_table(config: Config, target: Target, keep: bool) -> Tree:
-    """The target's parameters as they lie in memory; keep: quantised where its files are."""
-    table = decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
-    if not keep:
-        return table
-    return keep_quantized(table, target_checkpoint.open_weights(target.path))
 
 
 def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
