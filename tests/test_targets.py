@@ -208,7 +208,7 @@ def test_a_document_has_the_same_features_alone_and_packed_behind_another(name, 
     alone = our_row(checkpoint(name), dims, *turned, block=50)
     packed = our_row(checkpoint(name), dims, tokens, segments, positions, block=50)
     ours, theirs = [x[cut:] for x in packed], [x[:-cut] for x in alone]
-    assert max(errors_against(ours, *theirs)) < 1e-5
+    assert max(errors_against(ours, *theirs)) < TOLERANCE
 
 
 ROPES = {

@@ -346,10 +346,5 @@ def _cut_scales(q: Quantized, inputs: int, outputs: int) -> Quantized:
     for axis, size, parts in ((-2, q.in_size, inputs), (-1, q.values.shape[-1], outputs)):
         if parts > 1:
             block = size // scale.shape[axis]
-            if q.kind == "mxfp4" and axis == -2 and size // parts % block:
-                raise sharding.ShardingError(
-                    f"experts' {size} inputs cannot be split over {parts} devices: MXFP4 has one "
-                    f"scale for {block} of them; lower ici_tensor_parallelism"
-                )
             scale = jnp.repeat(scale, block // math.gcd(block, size // parts), axis)
     return dataclasses.replace(q, scale=scale, in_size=q.in_size // inputs)

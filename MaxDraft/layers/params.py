@@ -95,7 +95,7 @@ class Quantized:
             makes a float16 one ahead of every scan); scale float32 [..., in / a, out / b] with any
             block a x b: 128 x 128, or a whole column, or everything
     MXFP4   values uint8 [..., in / 2, out], two e2m1 numbers a byte, the even input in the low
-            half; scale uint8 [..., in / 32, out], exponents of two with bias 127
+            half; scale uint8 [..., in / 32, out], or finer: exponents of two, bias 127
     """
 
     values: Any

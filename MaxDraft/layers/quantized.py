@@ -29,7 +29,6 @@ from MaxDraft.layers.params import Quantized
 
 _TILE = 1 << 22  # numbers of a dequantised tile, where the matrix can be cut so finely
 _NARROWEST = 128  # inputs or outputs of a tile: below that matrix units idle
-_MX_BLOCK = 32  # inputs that share an exponent
 
 
 def dequantize(q: Quantized, dtype: jnp.dtype) -> jax.Array:
@@ -54,7 +53,7 @@ def _mxfp4(q: Quantized) -> jax.Array:
     # The exponent is float32's own. 0 would be 2^-127, which float32 units take for nothing.
     power = _float32_of_bits(q.scale.astype(jnp.uint32) << 23)
     signed = jnp.where(code > 7, -number, number)
-    return signed * jnp.repeat(power, _MX_BLOCK, axis=-2)
+    return signed * jnp.repeat(power, q.in_size // q.scale.shape[-2], axis=-2)
 
 
 def _float32_of_bits(bits: jax.Array) -> jax.Array:
