@@ -283,7 +283,8 @@ def _on_mesh(
     experts, inner = (rules.get(axis, ()) for axis in ("target_experts", "target_expert_mlp"))
     batch = rules.get("target_batch", ())
     # A token needs every device along these axes: it travels where it is split over them itself.
-    ring = tuple(axis for axis in batch if axis in experts + inner)
+    # In the mesh's order, which ppermute wants; any would do.
+    ring = tuple(axis for axis in mesh.axis_names if axis in batch and axis in experts + inner)
     still = tuple(axis for axis in experts + inner if axis not in ring)
     ways = math.prod(mesh.shape[axis] for axis in ring)
     parts = math.prod(mesh.shape[axis] for axis in inner)
