@@ -19,7 +19,7 @@ def script(monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_read_their_part_in_pieces_of_a_layer(script, tmp_path):
+def test_processes_read_their_part_in_pieces_below_a_layer(script, tmp_path):
     config = script.CONFIG | {
         "hidden_size": 512,
         "num_attention_heads": 8,
@@ -30,8 +30,9 @@ def test_processes_read_their_part_in_pieces_of_a_layer(script, tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > whole
     (one,) = script.run(tmp_path, 1)
     assert one["bytes_read"] == one["parameters"] == whole
-    assert 16 << 20 < one["largest_piece"] <= layer
+    # The embedding is 34 MB, a layer's experts 19 MB a matrix.
+    assert one["largest_piece"] <= 16 << 20 < layer
     for found in script.run(tmp_path, 2):
         assert whole / 2 <= found["bytes_read"] < whole / 2 * 1.01  # norms and routers are whole
         assert found["bytes_read"] == found["parameters"]
-        assert found["largest_piece"] <= layer / 2
+        assert found["largest_piece"] <= 16 << 20

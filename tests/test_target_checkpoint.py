@@ -473,7 +473,11 @@ def load_one(folder, tensors, param, placement=None):
 @pytest.mark.parametrize("per_expert", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("part", [None, Part(0, 20), Part(10, 20), Part(0, 20, 2), Part(1, 20, 2)])
-def test_experts_load_as_the_files_hold_them(tmp_path, per_expert, transposed, part):
+@pytest.mark.parametrize("piece", [600, 1 << 20])  # two experts, everything
+def test_experts_load_as_the_files_hold_them(
+    tmp_path, monkeypatch, per_expert, transposed, part, piece
+):
+    monkeypatch.setattr(loading, "_PIECE", piece)
     name = "layers.{layer}.experts." + ("{expert}.w" if per_expert else "w")
     total = part.total if part else OUT
     whole = np.random.default_rng(0).standard_normal((2, E, IN, total), np.float32)

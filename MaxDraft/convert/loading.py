@@ -40,7 +40,7 @@ _SHOWN = 20  # differences listed in one error
 # A transposed or dequantised copy walks the file's rows in strips, so that both sides, and what is
 # computed between them, stay in the CPU's cache.
 _STRIP = 32
-# Bytes that go to a device at once, or one layer where that is more.
+# Bytes that go to a device at once; or a layer's matrix, or an expert's, where that is more.
 _PIECE = 16 << 20
 
 Ranges = tuple[range, ...]
@@ -269,23 +269,38 @@ def _on_devices(
     axis: int,
 ) -> list[jax.Array]:
     sizes = [len(r) for r in ranges]
-    num_bytes = int(np.prod(sizes)) * np.dtype(param.dtype).itemsize
-    if num_bytes <= _PIECE or sizes[axis] == 1:
+    pieces = list(_pieces(sizes, np.dtype(param.dtype).itemsize, axis))
+    if len(pieces) == 1:
         part = read(ranges)
         return [jax.device_put(part, device) for device in devices]
-    rows = max(1, sizes[axis] * _PIECE // num_bytes)
     wholes = [jnp.zeros(sizes, param.dtype, device=device) for device in devices]
-    for start in range(0, sizes[axis], rows):
-        piece = read((*ranges[:axis], ranges[axis][start : start + rows], *ranges[axis + 1 :]))
+    for index in pieces:
+        piece = read(tuple(r[at] for r, at in zip(ranges, index, strict=True)))
+        starts = tuple(at.start for at in index)
         wholes = [
-            _write(whole, jax.device_put(piece, device), start, axis)
+            _write(whole, jax.device_put(piece, device), starts)
             for whole, device in zip(wholes, devices, strict=True)
         ]
         jax.block_until_ready(wholes)  # or the next pieces pile up on the host
     return wholes
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")
-def _write(whole: jax.Array, piece: jax.Array, start: int, axis: int) -> jax.Array:
-    """whole with the piece from `start` on along axis, in the same memory."""
-    return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis)
+def _pieces(sizes: list[int], itemsize: int, axis: int) -> Iterator[Index]:
+    """Index of every piece; of a layer's experts, where they are too many, some at a time."""
+    steps, row = list(sizes), itemsize * int(np.prod(sizes)) // max(1, sizes[axis])
+    steps[axis] = max(1, min(sizes[axis], _PIECE // max(1, row)))
+    if len(sizes) == 4 and row > _PIECE:
+        steps[1] = max(1, sizes[1] * _PIECE // row)
+    for starts in itertools.product(
+        *(range(0, size, step) for size, step in zip(sizes, steps, strict=True))
+    ):
+        yield tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(starts, steps, sizes, strict=True)
+        )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: jax.Array, piece: jax.Array, starts: tuple[int, ...]) -> jax.Array:
+    """whole with the piece at `starts`, in the same memory."""
+    return jax.lax.dynamic_update_slice(whole, piece, starts)
