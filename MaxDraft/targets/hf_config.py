@@ -8,7 +8,7 @@ back to a silent default: wrong angles give wrong features without any error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from MaxDraft.layers.rope import Rope
@@ -48,11 +48,6 @@ def activation(config: Mapping[str, Any]) -> str:
 
 def decoder(config: Mapping[str, Any], layers: Sequence[Layer], **switches: Any) -> DecoderDims:
     """What every family reads in the same way, around its layers."""
-    if len(layers) != field(config, "num_hidden_layers"):
-        raise TargetError(
-            f"config.json names the kinds of {len(layers)} layers, num_hidden_layers is "
-            f"{config['num_hidden_layers']}"
-        )
     return DecoderDims(
         **{
             "vocab_size": field(config, "vocab_size"),
@@ -104,14 +99,29 @@ def mlp(config: Mapping[str, Any], size: str = "intermediate_size") -> Mlp:
     return Mlp(field(config, size), activation(config))
 
 
-def windows(config: Mapping[str, Any]) -> list[int]:
+def kinds(
+    config: Mapping[str, Any],
+    known: Collection[str],
+    unsaid: Sequence[str] = (),
+    name: str = "layer_types",
+) -> Sequence[str]:
+    """The kind of every layer, one of `known`, in field `name`; `unsaid` where there is none."""
+    found = config.get(name) or unsaid or field(config, name)
+    if len(found) != field(config, "num_hidden_layers"):
+        raise TargetError(
+            f"config.json: {name} has the kinds of {len(found)} layers, num_hidden_layers is "
+            f"{config['num_hidden_layers']}"
+        )
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise TargetError(f"config.json: {name} has the unknown kind '{unknown[0]}'")
+    return found
+
+
+def windows(config: Mapping[str, Any], unsaid: Sequence[str] = ()) -> list[int]:
     """Window of every layer by `layer_types`, 0: it sees everything."""
-    sizes = []
-    for kind in field(config, "layer_types"):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise TargetError(f"config.json: layer_types has the unknown kind '{kind}'")
-        sizes.append(field(config, "sliding_window") if kind == "sliding_attention" else 0)
-    return sizes
+    found = kinds(config, ("full_attention", "sliding_attention"), unsaid)
+    return [field(config, "sliding_window") if kind == "sliding_attention" else 0 for kind in found]
 
 
 def qwen_windows(config: Mapping[str, Any]) -> list[int]:

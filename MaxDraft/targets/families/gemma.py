@@ -36,7 +36,7 @@ DEFAULTS = {
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     every = config.get("sliding_window_pattern", 2)
-    kinds = config.get("layer_types") or [
+    unsaid = [
         "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(field(config, "num_hidden_layers"))
     ]
@@ -49,7 +49,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         "qk_norm": "head" if config["model_type"] == "gemma3_text" else "",
     }
     mlp = hf_config.mlp(config)
-    windows = hf_config.windows({**config, "layer_types": kinds})
+    windows = hf_config.windows(config, unsaid)
     layers = [
         Layer(
             hf_config.attention(config, rope=_rope(config, window), window=window, **switches),

@@ -14,7 +14,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     count = hf_config.field(config, "num_hidden_layers")
     dense = config.get("first_k_dense_replace", 1)
-    kinds = config.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (count - dense)
+    unsaid = ["dense"] * dense + ["sparse"] * (count - dense)
+    kinds = hf_config.kinds(config, ("dense", "sparse"), unsaid, "mlp_layer_types")
     feed_forward = {
         "dense": hf_config.mlp(config),
         "sparse": deepseek.experts(config, deepseek.sigmoid_router(config)),

@@ -9,7 +9,7 @@ from typing import Any
 
 from MaxDraft.layers.params import Part, Stored
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router
+from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router, TargetError
 from MaxDraft.targets.hf_config import field
 
 MODEL_TYPES = ("llama4_text",)
@@ -40,6 +40,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     sparse = range(step - 1, count, step) if sparse is None else sparse
     every = config["no_rope_layer_interval"]
     turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
+    if len(turned) < count:
+        raise TargetError(f"config.json: no_rope_layers has {len(turned)} of {count} layers")
     return hf_config.decoder(
         config,
         [Layer(_mixer(config, bool(turned[i])), moe if i in sparse else mlp) for i in range(count)],

@@ -19,9 +19,7 @@ MODEL_TYPES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     count, every = field(config, "num_hidden_layers"), config.get("full_attention_interval", 4)
-    kinds = config.get("layer_types") or [
-        "linear_attention" if (i + 1) % every else "full_attention" for i in range(count)
-    ]
+    unsaid = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
     bias = config.get("attention_bias", False)
     mixers = {
         "full_attention": hf_config.attention(
@@ -41,6 +39,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
             fused=config["model_type"] == "qwen3_next",
         ),
     }
+    kinds = hf_config.kinds(config, mixers, unsaid)
     if config["model_type"] == "qwen3_5_text":
         feed_forwards = [hf_config.mlp(config)] * count
     elif config["model_type"] == "qwen3_5_moe_text":  # chosen weights always sum to one

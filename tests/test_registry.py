@@ -1,0 +1,110 @@
+"""What config.json says, and what it leaves to its family, becomes the same dimensions."""
+
+import json
+
+import numpy as np
+import pytest
+from goldens import recipe
+
+from MaxDraft.layers.rope import Rope
+from MaxDraft.targets.dims import TargetError
+from MaxDraft.targets.registry import FAMILIES, dims_from_config, text_config
+
+
+def golden_config(name):
+    with np.load(recipe.FOLDER / f"{name}.npz") as file:
+        return json.loads(str(file["config"]))
+
+
+def test_every_family_has_a_golden():
+    found = {text_config(golden_config(name))["model_type"] for name in recipe.CONFIGS}
+    assert found == set(FAMILIES)
+
+
+@pytest.mark.parametrize("outer", ["llama4", "mistral3"])
+def test_the_language_models_part_of_a_multimodal_config_is_taken(outer):
+    inner = golden_config("mistral")
+    config = {
+        "model_type": outer,
+        "text_config": inner | {"eos_token_id": None},
+        "vision_config": {"hidden_size": 1, "model_type": "vit"},
+        "eos_token_id": 7,
+        "quantization_config": {"quant_method": "fp8"},
+    }
+    found = text_config(config)
+    assert found["model_type"] == "mistral"
+    assert found["hidden_size"] == inner["hidden_size"]
+    assert found["eos_token_id"] == 7  # the outer part says what the inner leaves open
+    assert found["quantization_config"] == {"quant_method": "fp8"}
+    assert "vision_config" not in found
+    assert dims_from_config(config) == dims_from_config(inner)
+
+
+def test_gemma_3s_published_files_leave_out_what_its_family_says():
+    said = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    dims = dims_from_config({"model_type": "gemma3", "text_config": said})
+    assert (dims.vocab_size, dims.tied_head, dims.norm_eps) == (262208, True, 1e-6)
+    windows = [layer.mixer.window for layer in dims.layers]
+    assert windows[:12] == [1024] * 5 + [0] + [1024] * 5 + [0]
+    first, full = dims.layers[0].mixer, dims.layers[5].mixer
+    assert (first.num_heads, first.num_kv_heads, first.head_dim) == (8, 4, 256)
+    assert first.scale == 256**-0.5
+    assert first.rope == Rope(10000.0, 256)
+    assert full.rope == Rope(1e6, 256, "linear", factor=8.0)
+
+
+def test_llama_4s_published_files_leave_out_the_temperature():
+    config = golden_config("llama4_scout")
+    for name in ("floor_scale", "attn_scale", "layer_types"):
+        del config[name]
+    mixers = [layer.mixer for layer in dims_from_config(config).layers]
+    assert mixers[3].tempered == (8192.0, 0.1)
+    assert mixers[3].rope is None and mixers[3].chunk == 0
+    assert mixers[0].tempered is None and mixers[0].chunk == 100
+
+
+def test_longrope_is_exact_up_to_the_original_length_only():
+    config = golden_config("phi4_mini")
+    scaling = config.get("rope_parameters") or config["rope_scaling"]
+    original = scaling.get("original_max_position_embeddings") or config.get(
+        "original_max_position_embeddings"
+    )
+    assert dims_from_config(config).max_length == original < config["max_position_embeddings"]
+    short = dims_from_config(config).layers[0].mixer.rope
+    assert short.factors == tuple(scaling["short_factor"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("gpt_oss", {"layer_types": ["linear_attention"] * 8}, "unknown kind 'linear_attention'"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "kinds of 3 layers"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+        ("gemma2", {"hidden_activation": "relu"}, "'relu' is not known"),
+        ("qwen3_moe", {"use_sliding_window": True, "layer_types": None}, "use_sliding_window"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "noaux_tc"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "'kv_lora_rank'"),
+        ("phi4_mini", {"partial_rotary_factor": 0.5}, "short factors"),
+        ("seed_oss", {"mlp_bias": True}, "mlp_bias"),
+        ("llama4_scout", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers has 3"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "moe"] * 4}, "unknown kind 'moe'|kinds of"),
+        ("qwen3_next", {"layer_types": ["sliding_attention"] * 8}, "sliding_attention"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 3}, "3"),
+    ],
+)
+def test_what_no_decoder_would_compute_rightly_is_an_error_that_names_it(name, change, named):
+    config = golden_config(name)
+    if "partial_rotary_factor" in change:
+        for part in ("rope_parameters", "rope_scaling"):
+            if config.get(part):
+                config[part] = config[part] | change
+    with pytest.raises(TargetError, match=named):
+        dims_from_config(config | change)
