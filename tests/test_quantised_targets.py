@@ -3,6 +3,7 @@
 FP8 in 128 x 128 blocks (DeepSeek-V3) and MXFP4 (gpt-oss), dequantised here by NumPy alone.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from harness import relative_error
 from safetensors.numpy import save_file
 
 from MaxDraft.convert.kept import keep_quantized
-from MaxDraft.convert.target_checkpoint import load_target, open_weights, read_config
+from MaxDraft.convert.safetensors_files import CheckpointError
+from MaxDraft.convert.target_checkpoint import (
+    load_target,
+    open_weights,
+    read_config,
+    unused_tensors,
+)
 from MaxDraft.targets import decoder
 from MaxDraft.targets.plan import default_capture
 from MaxDraft.targets.registry import dims_from_config
@@ -104,6 +111,31 @@ def test_loaded_weights_are_the_dequantised_numbers_bit_for_bit(folders):
     ours, theirs = (load_target(folder, table_of(folder)[1]) for folder in (quantised, plain))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("family", "lost"),
+    [
+        ("deepseek_v3", "model.layers.1.self_attn.o_proj.weight_scale_inv"),
+        ("gpt_oss", "model.layers.2.mlp.experts.down_proj_scales"),
+    ],
+)
+def test_a_missing_scale_is_an_error_that_names_it(tmp_path, family, lost, keep):
+    make_target.write_weights(make_target.CONFIGS[family], tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["other"] = header.pop(lost)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    _, table = table_of(tmp_path)
+    if keep:
+        table = keep_quantized(table, open_weights(tmp_path))
+    assert unused_tensors(tmp_path, table) == ["other: 1 tensor"]
+    with pytest.raises(CheckpointError, match=rf"missing[\s\S]*{lost}|{lost} are missing"):
+        load_target(tmp_path, table)
 
 
 def test_a_target_kept_quantised_computes_the_same(folders):

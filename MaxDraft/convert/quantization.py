@@ -321,7 +321,8 @@ def part_names(name: str, tensors: Mapping[str, WeightTensor]) -> list[str]:
     if isinstance(tensors.get(name), Mxfp4Tensor):
         return [name + BLOCKS, name + SCALES]
     if isinstance(tensors.get(name), Fp8Tensor):
-        return [_scale_name(name, tensors)]
+        scale = _scale_name(name, tensors)
+        return [scale] if scale else []
     return []
 
 
