@@ -30,12 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+from goldens import recipe
 
 from MaxDraft.convert.loading import per_expert, stored_shape, tensor_name
 from MaxDraft.convert.quantization import BLOCKS, E2M1, MX_BLOCK, SCALES
@@ -241,8 +243,11 @@ PREFIXES = {"llama4": "language_model."}
 
 # ---------------------------------------------------------------------------------------- files
 def main(argv: list[str]) -> int:
-    if len(argv) != 3 or argv[1] not in CONFIGS:
-        print(f"usage: make_target.py FAMILY FOLDER, FAMILY one of {', '.join(CONFIGS)}")
+    if len(argv) != 3 or argv[1] not in {**CONFIGS, **recipe.CONFIGS}:
+        print(
+            f"usage: make_target.py FAMILY FOLDER, FAMILY one of {', '.join(CONFIGS)}; or a golden "
+            f"target of the tests, {', '.join(recipe.CONFIGS.keys() - CONFIGS.keys())}"
+        )
         return 2
     write(argv[1], Path(argv[2]))
     return 0
@@ -256,13 +261,22 @@ def write(family: str, folder: Path) -> Path:
     with (folder / "conversations.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     tokenizer.save(bpe, target, _COMMON["max_position_embeddings"])
-    ids = registry.text_config(CONFIGS[family])
+    config = config_of(family)
+    ids = registry.text_config(config)
     tokenizer.write_json(
         target / "generation_config.json",
         {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    write_weights(CONFIGS[family], target, PREFIXES.get(family, ""))
+    write_weights(config, target, PREFIXES.get(family, ""))
     return target
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """Of the families above, or of a golden target with this tokenizer's vocabulary."""
+    if family in CONFIGS:
+        return CONFIGS[family]
+    ours = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    return recipe.CONFIGS[family] | {name: _COMMON[name] for name in ours}
 
 
 def write_weights(config: dict[str, Any], folder: Path, prefix: str = "") -> None:
