@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 3 or argv[1] not in {**CONFIGS, **recipe.CONFIGS}:
         print(
             f"usage: make_target.py FAMILY FOLDER, FAMILY one of {', '.join(CONFIGS)}; or a golden "
-            f"target of the tests, {', '.join(recipe.CONFIGS.keys() - CONFIGS.keys())}"
+            f"target of the tests, {', '.join(sorted(recipe.CONFIGS.keys() - CONFIGS.keys()))}"
         )
         return 2
     write(argv[1], Path(argv[2]))
