@@ -1,5 +1,7 @@
 """Which tokens the assistant wrote, in the shapes of template that there are."""
 
+import json
+
 import numpy as np
 import pytest
 import transformers
@@ -259,3 +261,14 @@ def test_a_tokenizer_with_more_ids_than_the_target_is_an_error_and_fewer_are_not
     check_vocabulary(tokenizer, size + 100)
     with pytest.raises(DataError, match=rf"up to {size - 1}, .* vocab_size {size - 1}"):
         check_vocabulary(tokenizer, size - 1)
+
+
+def test_a_family_that_transformers_does_not_know_does_not_hide_what_is_wrong(tmp_path):
+    make_tokenizer(CHATML).save_pretrained(tmp_path)
+    scaling = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
+    config = {"model_type": "kimi_k2", "rope_theta": 50000.0, "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"cannot be loaded.*without config\.json, is enough"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert load_tokenizer(tmp_path).is_fast

@@ -66,8 +66,10 @@ def load_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        hint = "" if trust_remote_code else "; if it brings its own code, trust_remote_code=True"
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        # transformers also reads config.json there, and stumbles over families it does not know.
+        hint = "; a folder of the tokenizer's files alone, without config.json, is enough"
+        hint += "" if trust_remote_code else "; if it brings its own code, trust_remote_code=True"
         raise DataError(f"the tokenizer in {path} cannot be loaded: {error}{hint}") from error
     if not tokenizer.is_fast:
         raise DataError(
