@@ -2,14 +2,14 @@
 # A head for a small random target of each family: train -> interrupt -> resume -> evaluate -> export.
 #   bash end_to_end/test_families.sh
 #   FAMILIES="gpt_oss mixtral qwen3_next" BASE_OUTPUT_DIRECTORY=/runs bash end_to_end/test_families.sh
-# DeepSeek-V3's target is FP8 and gpt-oss' is MXFP4, as they are published; the first is trained on
-# dequantised, the second as it lies in the files. Exit status 0: everything held.
+# DeepSeek-V3's target is FP8 and gpt-oss' is MXFP4, as they are published; where +keep follows the
+# family, they stay so in memory, else they are dequantised. Exit status 0: everything held.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python3}
 output=${BASE_OUTPUT_DIRECTORY:-$(mktemp -d)}
-families=${FAMILIES:-qwen3_moe deepseek_v3 glm4_moe_lite gpt_oss llama4 gemma3}
+families=${FAMILIES:-qwen3_moe deepseek_v3 deepseek_v3+keep glm4_moe_lite gpt_oss+keep llama4 gemma3}
 mkdir -p "$output"
 : > "$output/passed"
 
@@ -17,9 +17,9 @@ for family in $families; do
   began=$SECONDS
   run="$output/$family"
   rm -rf "$run" "$output/made/$family"
-  "$python" end_to_end/make_target.py "$family" "$output/made/$family"
+  "$python" end_to_end/make_target.py "${family%+keep}" "$output/made/$family"
   keep=dequantize
-  [ "$family" = gpt_oss ] && keep=keep
+  [[ "$family" = *+keep ]] && keep=keep
   place=(base_output_directory="$output" run_name="$family")
   keys=("${place[@]}" target_path="$output/made/$family/target" target_quantization=$keep
         grain_train_files="$output/made/$family/conversations.jsonl" max_target_length=128
@@ -57,7 +57,7 @@ losses = [step["loss"] for step in steps if "loss" in step]
 assert losses[-1] < 0.9 * losses[0], losses
 assert (head / "model.safetensors").exists() and (head / "config.json").exists()
 print(
-    f"PASSED {family:14} loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
+    f"PASSED {family:16} {steps[-1]['step']} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
     f"accept_length {evaluation['accept_length']:.2f} (untrained "
     f"{evaluation['accept_length_untrained']:.2f}), lossless, exported; {seconds} s"
 )

@@ -1,5 +1,6 @@
 """The targets of end_to_end/test_families.sh are files as people have them."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from MaxDraft.convert.kept import keep_quantized
 from MaxDraft.convert.target_checkpoint import (
@@ -44,6 +46,13 @@ def table_of(folder):
     return decoder_params(dims, default_capture(dims.num_layers), jnp.float32)
 
 
+def unquantised(family, folder):
+    config = make_target.CONFIGS[family]
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    make_target.write_weights(plain, folder)
+    return folder
+
+
 @pytest.mark.parametrize("family", make_target.CONFIGS)
 def test_every_tensor_of_the_files_is_read_and_finite(folder, family):
     table = table_of(folder(family))
@@ -60,18 +69,28 @@ def test_quantised_files_can_be_kept_as_they_are(folder, family):
     assert any(isinstance(node, Quantized) for node in nodes)
 
 
-# Llama 4's files are a multimodal model's, without its vision tower.
-@pytest.mark.parametrize("family", sorted(make_target.CONFIGS.keys() - QUANTISED - {"llama4"}))
-def test_transformers_finds_every_tensor_it_wants_and_no_other(folder, family):
+@pytest.mark.parametrize("family", sorted(QUANTISED))
+def test_quantised_files_name_the_matrices_of_unquantised_ones(folder, family, tmp_path):
+    with safe_open(unquantised(family, tmp_path) / "model.safetensors", "numpy") as file:
+        expected = set(file.keys())
+    with safe_open(folder(family) / "model.safetensors", "numpy") as file:
+        names = set(file.keys())
+    assert names != expected
+    assert {re.sub("(_scale_inv|_blocks|_scales)$", "", name) for name in names} == expected
+
+
+# Quantised numbers are compared in test_quantization.py; here the names are.
+@pytest.mark.parametrize("family", make_target.CONFIGS)
+def test_transformers_finds_every_tensor_it_wants_and_no_other(folder, family, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = folder(family)
+    path = unquantised(family, tmp_path) if family in QUANTISED else folder(family)
     model, found = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True
     )
     assert {key: list(value) for key, value in found.items() if value} == {}
-    assert AutoTokenizer.from_pretrained(path).chat_template
+    assert AutoTokenizer.from_pretrained(folder(family)).chat_template
     with torch.no_grad():
         logits = model(torch.arange(40)[None]).logits
     assert np.isfinite(logits.numpy()).all()
