@@ -3,8 +3,8 @@
 import dataclasses
 
 from goldens import recipe
-from MaxDraft.layers.experts import Experts, Router
 
+from MaxDraft.layers.experts import Experts, Router
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import Attention, DecoderDims, LatentAttention, Layer, Mlp
 from MaxDraft.targets.draft_shape import draft_shape

@@ -3,7 +3,7 @@
     parameter[layer, in, out] = tensor_of_that_layer[out, in]      (Stored.transposed)
 
 Every device asks for its own index range, the range is turned round where the file holds [out, in],
-and only those bytes are read; quantised numbers are dequantised on the way. A part goes to its
+and only those numbers are copied; quantised numbers are dequantised on the way. A part goes to its
 device one layer at a time, into a buffer that stands there already: the host holds one layer's
 part of one parameter, and nothing else twice.
 """

@@ -65,6 +65,8 @@ def check_quantization(config: Mapping[str, Any]) -> Quantization | None:
     said = next((source[name] for source in sources for name in names if source.get(name)), None)
     if said is None:
         return None
+    if not isinstance(said, Mapping):
+        raise _refusal(f"quantization_config {said!r}")
     method = said.get("quant_method")
     if method == "fp8":
         return _plain_fp8(said)

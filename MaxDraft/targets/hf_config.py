@@ -12,24 +12,58 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from MaxDraft.layers.rope import Rope
-from MaxDraft.targets.dims import Attention, DecoderDims, LatentAttention, Layer, Mlp, TargetError
+from MaxDraft.targets.dims import (
+    Attention,
+    DecoderDims,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    TargetError,
+)
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _PLAIN_ROPE = {"rope_theta", "rope_type", "partial_rotary_factor"}
 _IMAGES_ROPE = {"mrope_section", "mrope_interleaved"}  # text alone is turned as ever
 
 
-def field(config: Mapping[str, Any], name: str) -> Any:
-    """config[name]; TargetError naming the field where it is missing or null."""
-    if config.get(name) is None:
+def field(
+    config: Mapping[str, Any], name: str, unsaid: int | None = None, *, least: int = 1
+) -> int:
+    """config[name], a whole number of at least `least`, or true or false.
+
+    Missing or null: `unsaid`. TargetError naming the field where there is no such, or where it is
+    something else.
+    """
+    value = _said(config, name, unsaid)
+    whole = isinstance(value, bool) or (isinstance(value, int) and value >= least)
+    if not whole and value != unsaid:
+        raise TargetError(
+            f"config.json: {name} must be a whole number of {least} or more, not {value!r}"
+        )
+    return value
+
+
+def number(config: Mapping[str, Any], name: str, unsaid: float | None = None) -> float:
+    """config[name], a positive number, in the way of `field`."""
+    value = _said(config, name, unsaid)
+    positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if not positive and value != unsaid:
+        raise TargetError(f"config.json: {name} must be a number above 0, not {value!r}")
+    return float(value)
+
+
+def _said(config: Mapping[str, Any], name: str, unsaid: float | None) -> Any:
+    value = unsaid if config.get(name) is None else config[name]
+    if value is None:
         raise TargetError(f"the target's config.json has no field '{name}'")
-    return config[name]
+    return value
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
     """`head_dim` where the file has it, else hidden_size / num_attention_heads."""
-    if config.get("head_dim"):
-        return config["head_dim"]
+    if config.get("head_dim") is not None:
+        return field(config, "head_dim")
     size, rest = divmod(field(config, "hidden_size"), field(config, "num_attention_heads"))
     if rest:
         raise TargetError(
@@ -48,25 +82,65 @@ def activation(config: Mapping[str, Any]) -> str:
 
 def decoder(config: Mapping[str, Any], layers: Sequence[Layer], **switches: Any) -> DecoderDims:
     """What every family reads in the same way, around its layers."""
+    for part in dict.fromkeys(layer.feed_forward for layer in layers):
+        if isinstance(part, Experts):
+            _check_routing(part)
     return DecoderDims(
         **{
             "vocab_size": field(config, "vocab_size"),
             "hidden_size": field(config, "hidden_size"),
-            "norm_eps": field(config, "rms_norm_eps"),
+            "norm_eps": number(config, "rms_norm_eps"),
             "max_length": field(config, "max_position_embeddings"),
             "layers": tuple(layers),
-            "tied_head": bool(config.get("tie_word_embeddings", False)),
+            "tied_head": bool(field(config, "tie_word_embeddings", False)),
         }
         | switches
     )
 
 
+def _check_routing(experts: Experts) -> None:
+    E, router = experts.num_experts, experts.router
+    if not 1 <= router.top_k <= E:
+        raise TargetError(f"config.json: a token cannot choose {router.top_k} of {E} experts")
+    if E % router.groups or not 1 <= router.top_groups <= router.groups:
+        raise TargetError(
+            f"config.json: {E} experts cannot be chosen from the best {router.top_groups} of "
+            f"{router.groups} groups"
+        )
+
+
+def layer_numbers(config: Mapping[str, Any], name: str) -> Sequence[int] | None:
+    """The layers that field `name` lists, None where it is missing; TargetError for no layer's."""
+    found, count = config.get(name), field(config, "num_hidden_layers")
+    if found is None:
+        return None
+    if not isinstance(found, Sequence) or any(layer not in range(count) for layer in found):
+        raise TargetError(f"config.json: {name} must list layers from 0 to {count - 1}: {found!r}")
+    return found
+
+
+def require(config: Mapping[str, Any], **known: Any) -> None:
+    """TargetError where a field is there and has another value than the one that is known."""
+    for name, value in known.items():
+        if config.get(name, value) not in (value, None):
+            raise TargetError(
+                f"config.json: {name} {config[name]!r} is not known for "
+                f"{config['model_type']}, only {value!r}"
+            )
+
+
 def attention(config: Mapping[str, Any], **switches: Any) -> Attention:
     """Softmax attention with the usual fields; `switches` are the family's."""
+    heads = field(config, "num_attention_heads")
+    kv_heads = field(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise TargetError(
+            f"config.json: {heads} num_attention_heads cannot share {kv_heads} num_key_value_heads"
+        )
     return Attention(
         **{
-            "num_heads": field(config, "num_attention_heads"),
-            "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
             "head_dim": head_dim(config),
             "rope": None if "rope" in switches else rope(config),
         }
@@ -83,14 +157,14 @@ def latent_attention(config: Mapping[str, Any]) -> LatentAttention:
         sharpening = _mscale(_scaling_field(scaling, "factor"), scaling["mscale_all_dim"])
     return LatentAttention(
         num_heads=field(config, "num_attention_heads"),
-        q_rank=config.get("q_lora_rank") or 0,
+        q_rank=field(config, "q_lora_rank", 0),
         kv_rank=field(config, "kv_lora_rank"),
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         v_dim=field(config, "v_head_dim"),
-        rope=rope(config, size=rope_dim, interleaved=config.get("rope_interleave", True)),
+        rope=rope(config, size=rope_dim, interleaved=field(config, "rope_interleave", True)),
         scale=(nope_dim + rope_dim) ** -0.5 * sharpening**2,
-        bias=config.get("attention_bias", False),
+        bias=field(config, "attention_bias", False),
     )
 
 
@@ -106,13 +180,15 @@ def kinds(
     name: str = "layer_types",
 ) -> Sequence[str]:
     """The kind of every layer, one of `known`, in field `name`; `unsaid` where there is none."""
-    found = config.get(name) or unsaid or field(config, name)
+    found = config.get(name) or unsaid
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise TargetError(f"config.json: {name} must list the kind of every layer, not {found!r}")
     if len(found) != field(config, "num_hidden_layers"):
         raise TargetError(
             f"config.json: {name} has the kinds of {len(found)} layers, num_hidden_layers is "
             f"{config['num_hidden_layers']}"
         )
-    unknown = sorted(set(found) - set(known))
+    unknown = [kind for kind in found if kind not in known]
     if unknown:
         raise TargetError(f"config.json: {name} has the unknown kind '{unknown[0]}'")
     return found
@@ -171,6 +247,11 @@ def _scaling(config: Mapping[str, Any]) -> dict[str, Any]:
                     f"'{scaling['rope_type']}'"
                 )
             del scaling["type"]
+        texts = [name for name in scaling if name != "rope_type" and isinstance(scaling[name], str)]
+        if texts:
+            raise TargetError(
+                f"config.json: {texts[0]} must be a number, not {scaling[texts[0]]!r}"
+            )
         if scaling.keys() - _PLAIN_ROPE:
             _scaling_field(scaling, "rope_type")
     differing = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
@@ -230,6 +311,7 @@ def _longrope(
     scaling: Mapping[str, Any], size: int, config: Mapping[str, Any], common: dict[str, Any]
 ) -> Rope:
     """The short factors: those of sequences no longer than the original length, see max_length."""
+    _scaling_field(scaling, "long_factor")  # not used; a file without them is damaged
     factors = tuple(float(factor) for factor in _scaling_field(scaling, "short_factor"))
     if len(factors) != size // 2:
         raise TargetError(
@@ -245,13 +327,10 @@ def _longrope(
 
 def longrope_length(config: Mapping[str, Any]) -> int:
     """Positions up to which longrope's short factors hold; all where there is no longrope."""
-    scaling = _scaling(config)
-    length = scaling.get("original_max_position_embeddings")
-    if length is None:
-        length = config.get("original_max_position_embeddings")
-    if length is None or scaling.get("rope_type", "default") == "default":
-        length = field(config, "max_position_embeddings")
-    return int(length)
+    scaling, name = _scaling(config), "original_max_position_embeddings"
+    if scaling.get("rope_type", "default") == "default":
+        return field(config, "max_position_embeddings")
+    return field(config, name) if name in config else field(scaling, name)
 
 
 def _mscale(factor: float, mscale: float) -> float:

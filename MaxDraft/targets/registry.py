@@ -32,7 +32,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in config.items()
             if key == "quantization_config" or not isinstance(value, Mapping)
         }
-        said = outer | {key: value for key, value in inner.items() if value is not None}
+        open_ = {key for key, value in inner.items() if value is None and key in outer}
+        said = outer | {key: value for key, value in inner.items() if key not in open_}
     else:
         said = dict(config)
     model_type = said.get("model_type")

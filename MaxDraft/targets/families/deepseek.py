@@ -15,10 +15,17 @@ MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    if (config.get("moe_layer_freq") or 1) != 1:
+    if field(config, "moe_layer_freq", 1) != 1:
         raise TargetError("config.json: moe_layer_freq other than 1 is not supported")
-    router = _softmax(config) if config["model_type"] == "deepseek_v2" else sigmoid_router(config)
-    mixer, dense = hf_config.latent_attention(config), field(config, "first_k_dense_replace")
+    if config["model_type"] == "deepseek_v2":
+        router = _softmax(config)
+    else:
+        hf_config.require(config, scoring_func="sigmoid", topk_method="noaux_tc")
+        router = sigmoid_router(config)
+    mixer, dense = (
+        hf_config.latent_attention(config),
+        field(config, "first_k_dense_replace", least=0),
+    )
     moe, mlp = experts(config, router), hf_config.mlp(config)
     layers = [
         Layer(mixer, mlp if i < dense else moe) for i in range(field(config, "num_hidden_layers"))
@@ -34,7 +41,7 @@ def experts(config: Mapping[str, Any], router: Router) -> Experts:
         intermediate_size=size,
         router=router,
         activation=hf_config.activation(config),
-        shared_size=size * (config.get("n_shared_experts") or 0),
+        shared_size=size * field(config, "n_shared_experts", least=0),
     )
 
 
@@ -46,9 +53,9 @@ def sigmoid_router(config: Mapping[str, Any]) -> Router:
         selection_bias=True,
         normalize=bool(field(config, "norm_topk_prob")),
         normalize_eps=1e-20,
-        factor=float(field(config, "routed_scaling_factor")),
-        groups=config.get("n_group") or 1,
-        top_groups=config.get("topk_group") or 1,
+        factor=hf_config.number(config, "routed_scaling_factor"),
+        groups=field(config, "n_group"),
+        top_groups=field(config, "topk_group"),
         group_score="top2",
     )
 
@@ -63,7 +70,7 @@ def _softmax(config: Mapping[str, Any]) -> Router:
     limited = method == "group_limited_greedy"
     return Router(
         top_k=field(config, "num_experts_per_tok"),
-        factor=float(field(config, "routed_scaling_factor")),
+        factor=hf_config.number(config, "routed_scaling_factor"),
         groups=field(config, "n_group") if limited else 1,
         top_groups=field(config, "topk_group") if limited else 1,
     )

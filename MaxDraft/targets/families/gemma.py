@@ -16,7 +16,12 @@ from MaxDraft.targets.hf_config import field
 MODEL_TYPES = ("gemma2", "gemma3_text")
 # What the published files leave out, as their reference code has it.
 DEFAULTS = {
-    "gemma2": {"tie_word_embeddings": True},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
     "gemma3_text": {
         "tie_word_embeddings": True,
         "vocab_size": 262208,
@@ -35,17 +40,17 @@ DEFAULTS = {
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    every = config.get("sliding_window_pattern", 2)
+    every = field(config, "sliding_window_pattern", 2)
     unsaid = [
         "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(field(config, "num_hidden_layers"))
     ]
-    bias = config.get("attention_bias", False)
+    bias = field(config, "attention_bias", False)
     switches = {
         "qkv_bias": bias,
         "output_bias": bias,
-        "scale": field(config, "query_pre_attn_scalar") ** -0.5,
-        "softcap": float(config.get("attn_logit_softcapping") or 0.0),
+        "scale": hf_config.number(config, "query_pre_attn_scalar") ** -0.5,
+        "softcap": hf_config.number(config, "attn_logit_softcapping", 0.0),
         "qk_norm": "head" if config["model_type"] == "gemma3_text" else "",
     }
     mlp = hf_config.mlp(config)
@@ -62,8 +67,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         config,
         layers,
         norm_offset=1.0,
-        embed_scale=config["hidden_size"] ** 0.5,
-        logit_softcap=float(config.get("final_logit_softcapping") or 0.0),
+        embed_scale=field(config, "hidden_size") ** 0.5,
+        logit_softcap=hf_config.number(config, "final_logit_softcapping", 0.0),
         names=(("mlp_norm", (Stored("pre_feedforward_layernorm.weight"),)),),
     )
 

@@ -15,7 +15,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mixer = hf_config.attention(
         config,
         rope=hf_config.rope(config, partial=0.5, interleaved=True),
-        qkv_bias=config.get("attention_bias", True),
+        qkv_bias=hf_config.field(config, "attention_bias", True),
     )
     layer = Layer(mixer, hf_config.mlp(config), post_norms=True)
     return hf_config.decoder(

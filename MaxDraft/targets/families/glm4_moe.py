@@ -9,6 +9,8 @@ from MaxDraft.targets.families import deepseek
 from MaxDraft.targets.hf_config import field
 
 MODEL_TYPES = ("glm4_moe",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"glm4_moe": {"n_group": 1, "topk_group": 1}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -16,11 +18,11 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mixer = hf_config.attention(
         config,
         rope=hf_config.rope(config, partial=0.5),
-        qkv_bias=config.get("attention_bias", False),
-        qk_norm="head" if config.get("use_qk_norm") else "",
+        qkv_bias=field(config, "attention_bias", False),
+        qk_norm="head" if field(config, "use_qk_norm", False) else "",
     )
     moe = deepseek.experts(config, deepseek.sigmoid_router(config))
-    mlp, dense = hf_config.mlp(config), field(config, "first_k_dense_replace")
+    mlp, dense = hf_config.mlp(config), field(config, "first_k_dense_replace", least=0)
     layers = [
         Layer(mixer, mlp if i < dense else moe) for i in range(field(config, "num_hidden_layers"))
     ]

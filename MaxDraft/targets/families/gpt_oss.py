@@ -16,9 +16,10 @@ MODEL_TYPES = ("gpt_oss",)
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    if config.get("swiglu_limit", 7.0) != 7.0 or config.get("swiglu_alpha", 1.702) != 1.702:
-        raise TargetError("config.json: swiglu_limit must be 7.0 and swiglu_alpha 1.702")
-    bias = config.get("attention_bias", True)
+    hf_config.require(config, swiglu_limit=7.0, swiglu_alpha=1.702)
+    if not (config.get("rope_scaling") or config.get("rope_parameters")):
+        raise TargetError("config.json has neither 'rope_scaling' nor 'rope_parameters'")
+    bias = field(config, "attention_bias", True)
     switches = {"qkv_bias": bias, "output_bias": bias, "sinks": True}
     size = field(config, "intermediate_size")
     moe = Experts(

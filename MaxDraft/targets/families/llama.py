@@ -12,9 +12,10 @@ MODEL_TYPES = ("llama",)
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    bias = config.get("attention_bias", False)
+    bias = hf_config.field(config, "attention_bias", False)
     mixer = hf_config.attention(config, qkv_bias=bias, output_bias=bias)
-    mlp = dataclasses.replace(hf_config.mlp(config), bias=config.get("mlp_bias", False))
+    mlp_bias = hf_config.field(config, "mlp_bias", False)
+    mlp = dataclasses.replace(hf_config.mlp(config), bias=mlp_bias)
     return hf_config.decoder(
         config, [Layer(mixer, mlp)] * hf_config.field(config, "num_hidden_layers")
     )

@@ -4,7 +4,7 @@ Layers without rotary embedding see everything, and sharpen their queries with t
 are chosen by their logits' sigmoid, which weighs what goes into them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from MaxDraft.layers.params import Part, Stored
@@ -16,10 +16,9 @@ MODEL_TYPES = ("llama4_text",)
 # What the published files leave out, as their reference code has it.
 DEFAULTS = {
     "llama4_text": {
+        "attention_chunk_size": 8192,
         "floor_scale": 8192,
         "attn_scale": 0.1,
-        "interleave_moe_layer_step": 1,
-        "no_rope_layer_interval": 4,
     }
 }
 
@@ -35,13 +34,14 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         weigh_input=True,
         shared_size=size,
     )
-    mlp, step = hf_config.mlp(config, "intermediate_size_mlp"), config["interleave_moe_layer_step"]
-    sparse = config.get("moe_layers")
+    mlp = hf_config.mlp(config, "intermediate_size_mlp")
+    step = field(config, "interleave_moe_layer_step", 1)
+    sparse = hf_config.layer_numbers(config, "moe_layers")
     sparse = range(step - 1, count, step) if sparse is None else sparse
-    every = config["no_rope_layer_interval"]
+    every = field(config, "no_rope_layer_interval", 4)
     turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
-    if len(turned) < count:
-        raise TargetError(f"config.json: no_rope_layers has {len(turned)} of {count} layers")
+    if not isinstance(turned, Sequence) or len(turned) < count:
+        raise TargetError(f"config.json: no_rope_layers must say 0 or 1 of {count} layers")
     return hf_config.decoder(
         config,
         [Layer(_mixer(config, bool(turned[i])), moe if i in sparse else mlp) for i in range(count)],
@@ -50,17 +50,17 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
 
 
 def _mixer(config: Mapping[str, Any], turned: bool) -> Attention:
-    bias = config.get("attention_bias", False)
+    bias = field(config, "attention_bias", False)
     tempered = None
-    if config.get("attn_temperature_tuning", True) and not turned:
-        tempered = (float(field(config, "floor_scale")), float(field(config, "attn_scale")))
+    if field(config, "attn_temperature_tuning", True) and not turned:
+        tempered = (hf_config.number(config, "floor_scale"), hf_config.number(config, "attn_scale"))
     return hf_config.attention(
         config,
         rope=hf_config.rope(config, interleaved=True) if turned else None,
-        chunk=(config.get("attention_chunk_size") or 0) if turned else 0,
+        chunk=field(config, "attention_chunk_size", 0) if turned else 0,
         qkv_bias=bias,
         output_bias=bias,
-        l2_norm=turned and config.get("use_qk_norm", True),
+        l2_norm=turned and field(config, "use_qk_norm", True),
         tempered=tempered,
     )
 

@@ -26,15 +26,21 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     top_k = field(config, "num_experts_per_tok")
     if config["model_type"] == "minimax_m2":
-        partial = (
-            config["rotary_dim"] / field(config, "head_dim") if "rotary_dim" in config else 1.0
+        hf_config.require(
+            config,
+            scoring_func="sigmoid",
+            use_qk_norm=True,
+            qk_norm_type="per_layer",
+            shared_intermediate_size=0,
         )
+        head_dim = field(config, "head_dim")
+        partial = field(config, "rotary_dim", head_dim) / head_dim
         mixer = hf_config.attention(
             config, rope=hf_config.rope(config, partial=partial), qk_norm="whole"
         )
         router = Router(top_k, "sigmoid", selection_bias=True, normalize=True)
     else:
-        mixer = hf_config.attention(config, window=config.get("sliding_window") or 0)
+        mixer = hf_config.attention(config, window=field(config, "sliding_window", 0))
         router = Router(top_k, normalize=True)
     moe = Experts(
         num_experts=field(config, "num_local_experts"),

@@ -13,11 +13,13 @@ from MaxDraft.targets.dims import DecoderDims, Layer
 from MaxDraft.targets.families.glm4 import fused_mlp
 
 MODEL_TYPES = ("phi3",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"phi3": {"original_max_position_embeddings": 4096}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    mixer = hf_config.attention(config, window=config.get("sliding_window") or 0)
+    mixer = hf_config.attention(config, window=hf_config.field(config, "sliding_window", 0))
     q_size, kv_size = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     starts = {"q": 0, "k": q_size, "v": q_size + kv_size}
     mlp = hf_config.mlp(config)

@@ -12,7 +12,7 @@ MODEL_TYPES = ("qwen3",)
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     hf_config.field(config, "head_dim")
-    bias = config.get("attention_bias", False)
+    bias = hf_config.field(config, "attention_bias", False)
     switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
     mlp = hf_config.mlp(config)
     return hf_config.decoder(

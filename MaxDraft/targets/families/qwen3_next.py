@@ -18,9 +18,10 @@ MODEL_TYPES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    count, every = field(config, "num_hidden_layers"), config.get("full_attention_interval", 4)
+    count = field(config, "num_hidden_layers")
+    every = field(config, "full_attention_interval", 4)
     unsaid = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    bias = config.get("attention_bias", False)
+    bias = field(config, "attention_bias", False)
     mixers = {
         "full_attention": hf_config.attention(
             config,

@@ -21,9 +21,9 @@ SHARED = tuple(
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     if config["model_type"] == "qwen2_moe":
-        switches = {"qkv_bias": config.get("qkv_bias", True)}
+        switches = {"qkv_bias": field(config, "qkv_bias", True)}
     else:
-        bias = config.get("attention_bias", False)
+        bias = field(config, "attention_bias", False)
         switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
     windows = hf_config.qwen_windows(config)
     mixers = [hf_config.attention(config, window=window, **switches) for window in windows]
@@ -34,7 +34,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
 def feed_forwards(config: Mapping[str, Any]) -> Sequence[Mlp | Experts]:
     """Experts in every `decoder_sparse_step`th layer that is not in `mlp_only_layers`."""
     moe, mlp = experts(config), hf_config.mlp(config)
-    every, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    every = field(config, "decoder_sparse_step", 1)
+    dense = hf_config.layer_numbers(config, "mlp_only_layers") or ()
     return [
         moe if i not in dense and (i + 1) % every == 0 else mlp
         for i in range(field(config, "num_hidden_layers"))
@@ -43,14 +44,16 @@ def feed_forwards(config: Mapping[str, Any]) -> Sequence[Mlp | Experts]:
 
 def experts(config: Mapping[str, Any]) -> Experts:
     """Softmax over all experts, the best k, renormalised where `norm_topk_prob` says so."""
-    shared = config.get("shared_expert_intermediate_size") or 0
-    number = config.get("num_experts") or field(config, "num_local_experts")
+    # Of these families only Qwen3-MoE has no expert that every token takes.
+    has_none = config["model_type"] == "qwen3_moe"
+    shared = 0 if has_none else field(config, "shared_expert_intermediate_size")
+    name = "num_local_experts" if config.get("num_experts") is None else "num_experts"
     return Experts(
-        num_experts=number,
+        num_experts=field(config, name),
         intermediate_size=field(config, "moe_intermediate_size"),
         router=Router(
             top_k=field(config, "num_experts_per_tok"),
-            normalize=bool(config.get("norm_topk_prob", False)),
+            normalize=bool(field(config, "norm_topk_prob")),
         ),
         activation=hf_config.activation(config),
         shared_size=shared,
