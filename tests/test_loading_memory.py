@@ -32,7 +32,9 @@ def test_processes_read_their_part_in_pieces_below_a_layer(script, tmp_path):
     assert one["bytes_read"] == one["parameters"] == whole
     # The embedding is 34 MB, a layer's experts 19 MB a matrix.
     assert one["largest_piece"] <= 16 << 20 < layer
-    for found in script.run(tmp_path, 2):
-        assert whole / 2 <= found["bytes_read"] < whole / 2 * 1.01  # norms and routers are whole
-        assert found["bytes_read"] == found["parameters"]
-        assert found["largest_piece"] <= 16 << 20
+    for axis in ("fsdp", "expert", "tensor"):
+        for found in script.run(tmp_path, 2, axis):
+            assert whole / 2 <= found["bytes_read"] < whole / 2 * 1.01  # norms, routers are whole
+            assert found["bytes_read"] == found["parameters"]
+            assert found["from_disk"] < whole / 2 * 1.05
+            assert found["largest_piece"] <= layer

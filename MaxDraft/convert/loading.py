@@ -3,9 +3,14 @@
     parameter[layer, in, out] = tensor_of_that_layer[out, in]      (Stored.transposed)
 
 Every device asks for its own index range, the range is turned round where the file holds [out, in],
-and only those numbers are copied; quantised numbers are dequantised on the way. A part goes to its
-device one layer at a time, into a buffer that stands there already: the host holds one layer's
-part of one parameter, and nothing else twice.
+and only that is read; quantised numbers are dequantised on the way. A part goes to its device one
+layer at a time, into a buffer that stands there already: the host holds one layer's part of one
+parameter, and nothing else twice.
+
+A part of every row would touch every page of the file. Where a parameter is split so, its devices
+read whole rows instead, and exchange them among each other:
+
+    file [out, in], placed (in: fsdp, out: tensor)  ->  read as (out: tensor and fsdp), all-to-all
 """
 
 from __future__ import annotations
@@ -13,15 +18,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from MaxDraft.convert.quantization import (
     Fp8Tensor,
@@ -32,7 +38,7 @@ from MaxDraft.convert.quantization import (
     WeightTensor,
     oriented,
 )
-from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor
+from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, will_need
 from MaxDraft.layers.params import Param, Stored, Tree, flatten
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -169,6 +175,8 @@ class Source:
         read, tensor = self._reader(), self.tensor
         index = tuple(slice(r.start, r.stop) for r in ranges)
         computed = isinstance(tensor, Fp8Tensor | Mxfp4Tensor) and not self.raw
+        if not isinstance(tensor, ScaleTensor):
+            will_need(self._in_file(index))
         if len(index) < 2 or not (computed or self.way.transposed):
             out[...] = read(index)
             return
@@ -182,15 +190,30 @@ class Source:
         for _ in _threads().map(copy_strip, _strips(index, axis)):
             pass  # or what a thread raised would be lost
 
-    def _reader(self) -> Reader:
+    def _in_file(self, index: Index) -> np.ndarray:
+        """The stored numbers that a range takes, where they lie."""
+        if not isinstance(self.tensor, Mxfp4Tensor):
+            return self._lying()[index]
+        *lead, inputs, outputs = index
+        pairs = slice(inputs.start // 2, -(-inputs.stop // 2))
+        by_rows = dataclasses.replace(self.way, transposed=True)
+        return oriented(self.tensor.blocks.map(), by_rows, self.shape)[(*lead, pairs, outputs)]
+
+    def _lying(self) -> np.ndarray:
+        """The whole tensor in the order of the parameter; FP8 as bytes."""
         tensor = self.tensor
-        if isinstance(tensor, Fp8Tensor) and self.raw:
+        if isinstance(tensor, Fp8Tensor):
             tensor = dataclasses.replace(tensor.values, dtype="U8")
-        if isinstance(tensor, StoredTensor):
-            array = tensor.map().reshape(_as_stored(self.shape, self.way))
-            array = oriented(array, self.way, self.shape)
-            return lambda index: array[index]
-        return tensor.reader(self.way, self.shape)
+        return oriented(
+            tensor.map().reshape(_as_stored(self.shape, self.way)), self.way, self.shape
+        )
+
+    def _reader(self) -> Reader:
+        if isinstance(self.tensor, StoredTensor) or (
+            isinstance(self.tensor, Fp8Tensor) and self.raw
+        ):
+            return self._lying().__getitem__
+        return self.tensor.reader(self.way, self.shape)
 
 
 def _strips(index: Index, axis: int) -> Iterator[tuple[Index, Index]]:
@@ -219,8 +242,29 @@ def _threads() -> ThreadPoolExecutor:
 
 def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) -> jax.Array:
     way = find_way(tensors, param)
-    shape = _piece_shape(param, way)
-    raw = np.dtype(param.dtype) == np.uint8
+
+    def read(ranges: Ranges) -> np.ndarray:
+        return _read(tensors, param, way, ranges)
+
+    by_outputs = way.transposed or isinstance(tensors[tensor_names(param, way)[0]], Mxfp4Tensor)
+    rows = _whole_rows(param, place, by_outputs)
+    if rows is not None:
+        return _exchanged(param, rows, place, read)
+    # Pieces are whole rows of the file.
+    axis = len(param.full_shape) - 1 if param.layers is None and way.transposed else 0
+    return _place(
+        param.full_shape,
+        place,
+        lambda ranges, devices: _on_devices(param, ranges, devices, read, axis),
+    )
+
+
+def _read(
+    tensors: Mapping[str, WeightTensor], param: Param, way: Stored, ranges: Ranges
+) -> np.ndarray:
+    """parameter[ranges] from the files of its layers and experts."""
+    shape, raw = _piece_shape(param, way), np.dtype(param.dtype) == np.uint8
+    out = np.empty([len(r) for r in ranges], param.dtype)
 
     def copy_layer(out: np.ndarray, layer: int | None, ranges: Ranges) -> None:
         if not per_expert(way):
@@ -230,35 +274,116 @@ def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) ->
             tensor = tensors[tensor_name(way, layer, expert)]
             Source(tensor, way, shape, raw).copy_to(out[row], ranges[1:])
 
-    def read(ranges: Ranges) -> np.ndarray:
-        out = np.empty([len(r) for r in ranges], param.dtype)
-        if param.layers is None:
-            copy_layer(out, None, ranges)
-        else:
-            for row, layer in enumerate(ranges[0]):
-                copy_layer(out[row], param.layers[layer], ranges[1:])
-        return out
+    if param.layers is None:
+        copy_layer(out, None, ranges)
+    else:
+        for row, layer in enumerate(ranges[0]):
+            copy_layer(out[row], param.layers[layer], ranges[1:])
+    return out
 
-    # Pieces are whole rows of the file.
-    axis = len(param.full_shape) - 1 if param.layers is None and way.transposed else 0
-    return _place(param, place, read, axis)
+
+def _whole_rows(param: Param, place: Sharding, by_outputs: bool) -> NamedSharding | None:
+    """Whole rows of the file instead of `place`; None where it has them, or none can be had.
+
+    by_outputs: the file's rows are the parameter's last dimension.
+    """
+    shape = param.full_shape
+    if len(shape) < 2 or not isinstance(place, NamedSharding):
+        return None
+    spec = _names(place, len(shape))
+    rows, columns = (-1, -2) if by_outputs else (-2, -1)
+    by_layer = param.layers is not None and (spec[0] or len(shape) == 2)
+    joined = spec[rows] + spec[columns]
+    if not spec[columns] or by_layer:
+        return None
+    spec[rows], spec[columns] = joined, ()
+    whole_rows = NamedSharding(place.mesh, PartitionSpec(*spec))
+    return None if shape[rows] % _splits(whole_rows, len(shape))[rows] else whole_rows
+
+
+def _names(place: NamedSharding, dimensions: int) -> list[tuple[str, ...]]:
+    """The mesh axes that really split each dimension."""
+    spec = [axes if isinstance(axes, tuple) else (axes,) for axes in place.spec]
+    spec += [()] * (dimensions - len(spec))
+    return [tuple(name for name in axes if name and place.mesh.shape[name] > 1) for axes in spec]
+
+
+def _splits(place: NamedSharding, dimensions: int) -> list[int]:
+    """Into how many parts each dimension is split."""
+    return [
+        math.prod(place.mesh.shape[name] for name in axes) for axes in _names(place, dimensions)
+    ]
 
 
 # --------------------------------------------------------------------------------- onto the devices
 def _place(
-    param: Param, place: Sharding, read: Callable[[Ranges], np.ndarray], axis: int
+    shape: tuple[int, ...],
+    place: Sharding,
+    parts_of: Callable[[Ranges, list[jax.Device]], list[jax.Array]],
 ) -> jax.Array:
-    """Reads every part that this process holds, once, and puts it on its devices in pieces."""
-    shape = param.full_shape
+    """Every part that this process holds, made once for all of its devices that hold it."""
     devices: dict[Ranges, list[jax.Device]] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
         ranges = tuple(range(*at.indices(size)) for at, size in zip(index, shape, strict=True))
         devices.setdefault(ranges, []).append(device)
     parts = {}
     for ranges, holders in devices.items():
-        parts |= dict(zip(holders, _on_devices(param, ranges, holders, read, axis), strict=True))
+        parts |= dict(zip(holders, parts_of(ranges, holders), strict=True))
     order = [parts[device] for device in place.addressable_devices_indices_map(shape)]
     return jax.make_array_from_single_device_arrays(shape, place, order)
+
+
+def _exchanged(
+    param: Param, rows: NamedSharding, place: NamedSharding, read: Callable[[Ranges], np.ndarray]
+) -> jax.Array:
+    """Read as `rows` says, a layer at a time or less, and moved into `place` on the devices."""
+    shape, dtype = param.full_shape, np.dtype(param.dtype)
+    zeros, move, write = _exchange(place, dtype)
+    # A CPU would exchange bfloat16 as float32; bits go over as they are.
+    bits = np.dtype(f"u{dtype.itemsize}")
+    whole = zeros(shape)
+    for index in _exchanged_pieces(param, rows, place):
+        starts = tuple(at.start for at in index)
+
+        def parts_of(
+            ranges: Ranges, holders: list[jax.Device], starts: tuple[int, ...] = starts
+        ) -> list[jax.Array]:
+            moved = (range(r.start + s, r.stop + s) for r, s in zip(ranges, starts, strict=True))
+            part = read(tuple(moved)).view(bits)
+            return [jax.device_put(part, device) for device in holders]
+
+        piece = _place(tuple(at.stop - at.start for at in index), rows, parts_of)
+        whole = write(whole, move(piece), starts)
+        jax.block_until_ready(whole)  # or the next pieces pile up on the host
+    return whole
+
+
+def _exchanged_pieces(param: Param, rows: NamedSharding, place: NamedSharding) -> Iterator[Index]:
+    """Index of every piece: a layer, cut further along a dimension that `place` leaves whole."""
+    steps = list(param.full_shape)
+    if param.layers is not None:
+        steps[0] = 1
+    read_by, held_by = (_splits(sharding, len(steps)) for sharding in (rows, place))
+    part = np.dtype(param.dtype).itemsize * math.prod(steps) // math.prod(read_by)
+    whole = [at for at, size in enumerate(steps) if size > 1 and held_by[at] == 1]
+    if whole and part > _PIECE:
+        at, least = whole[0], read_by[whole[0]]
+        steps[at] = max(least, steps[at] * _PIECE // part // least * least)
+    return _grid(param.full_shape, steps)
+
+
+@functools.cache
+def _exchange(place: NamedSharding, dtype: np.dtype) -> tuple[Callable[..., jax.Array], ...]:
+    """-> an empty parameter; a piece as it was read, moved into `place`; and written there."""
+
+    def move(bits: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(jax.lax.with_sharding_constraint(bits, place), dtype)
+
+    return (
+        jax.jit(lambda shape: jnp.zeros(shape, dtype), static_argnums=0, out_shardings=place),
+        jax.jit(move, out_shardings=place),
+        jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=place),
+    )
 
 
 def _on_devices(
@@ -291,6 +416,11 @@ def _pieces(sizes: list[int], itemsize: int, axis: int) -> Iterator[Index]:
     steps[axis] = max(1, min(sizes[axis], _PIECE // max(1, row)))
     if len(sizes) == 4 and row > _PIECE:
         steps[1] = max(1, sizes[1] * _PIECE // row)
+    return _grid(sizes, steps)
+
+
+def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Iterator[Index]:
+    """Index of every box of `steps` in `sizes`, in order."""
     for starts in itertools.product(
         *(range(0, size, step) for size, step in zip(sizes, steps, strict=True))
     ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,13 +66,36 @@ class StoredTensor:
         dtype = DTYPES[self.dtype]
         if not self.num_bytes:
             return np.empty(self.shape, dtype)
-        return np.memmap(self.file, dtype, "r", offset=self.start, shape=self.shape)
+        skipped = self.start % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as stream:
+            bytes_ = mmap.mmap(
+                stream.fileno(),
+                skipped + self.num_bytes,
+                access=mmap.ACCESS_READ,
+                offset=self.start - skipped,
+            )
+        bytes_.madvise(mmap.MADV_RANDOM)  # or megabytes around every touched page are read
+        return np.frombuffer(bytes_, np.uint8)[skipped:].view(dtype).reshape(self.shape)
 
     def sample(self, num_bytes: int) -> bytes:
         """Raw bytes from the middle of the tensor."""
         with self.file.open("rb") as stream:
             stream.seek(self.start + max(0, self.num_bytes - num_bytes) // 2)
             return stream.read(min(num_bytes, self.num_bytes))
+
+
+def will_need(view: np.ndarray) -> None:
+    """Asks the system to read what lies behind a view of `StoredTensor.map`, in large pieces."""
+    if not view.size:
+        return
+    root = view
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    file_map, address = root.base.obj, root.ctypes.data  # the memoryview's mmap
+    for matrix in np.ndindex(view.shape[:-2]):
+        low, high = (end - address for end in np.lib.array_utils.byte_bounds(view[matrix]))
+        low -= low % mmap.PAGESIZE
+        file_map.madvise(mmap.MADV_WILLNEED, low, high - low)
 
 
 def open_safetensors(folder: Path) -> dict[str, StoredTensor]:

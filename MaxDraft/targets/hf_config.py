@@ -311,8 +311,8 @@ def _longrope(
     scaling: Mapping[str, Any], size: int, config: Mapping[str, Any], common: dict[str, Any]
 ) -> Rope:
     """The short factors: those of sequences no longer than the original length, see max_length."""
-    _scaling_field(scaling, "long_factor")  # not used; a file without them is damaged
     factors = tuple(float(factor) for factor in _scaling_field(scaling, "short_factor"))
+    _scaling_field(scaling, "long_factor")  # not used; a file without them is damaged
     if len(factors) != size // 2:
         raise TargetError(
             f"config.json: the rope scaling has {len(factors)} short factors for {size // 2} pairs"
