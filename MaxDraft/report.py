@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from MaxDraft import flops, pyconfig, wiring
+from MaxDraft.convert import target_checkpoint
+from MaxDraft.convert.kept import dequantized
 from MaxDraft.convert.quantization import check_quantization
 from MaxDraft.convert.target_checkpoint import target_memory
 from MaxDraft.drafts import eagle3
@@ -55,18 +57,23 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
 
 def _target_memory(run: Run) -> str:
     """Of the target's weights, in both forms where its files are quantised."""
-    forms = {
-        form: target_memory(target_table(run.config, run.target, form == "keep")) / 1e9
+    tables = {
+        form: target_table(run.config, run.target, form == "keep")
         for form in ("dequantize", "keep")
     }
+    forms = {form: target_memory(table) / 1e9 for form, table in tables.items()}
+    keep = run.config.target_quantization == "keep"
     now = f"{forms[run.config.target_quantization]:.3f} GB (1e9 bytes) in all"
     quantization = check_quantization(run.target.config)
     if not quantization:
-        return now
-    return (
+        nothing = "; the files hold nothing quantised, target_quantization=keep changes nothing"
+        return now + (nothing if keep else "")
+    text = (
         f"{now}; the files hold {quantization}: target_quantization=dequantize takes "
         f"{forms['dequantize']:.3f} GB, keep {forms['keep']:.3f} GB"
     )
+    others = dequantized(tables["keep"], target_checkpoint.open_weights(run.target.path))
+    return text + (f"; dequantised all the same: {', '.join(others)}" if keep and others else "")
 
 
 def finish(run: Run, result: dict[str, Any], export: Path) -> None:
@@ -74,8 +81,9 @@ def finish(run: Run, result: dict[str, Any], export: Path) -> None:
     config, speed = run.config, result["tokens_per_second"]
     lines = [
         f"MaxDraft: run {config.run_name} is done",
-        f"  trained     an EAGLE-3 head for {config.model_name} ({run.target.path}), "
-        f"{run.total_steps} steps; this is the head of step {result['step']}",
+        f"  trained     an EAGLE-3 head for {run.target.path} with the settings of "
+        f"configs/models/{config.model_name}.yml, {run.total_steps} steps; this is the head of "
+        f"step {result['step']}",
         f"  accept_length {result['accept_length']:.2f} tokens per verify step, greedy, "
         f"{config.decode_draft_steps} draft steps, {result['prompts']} held-out prompts",
         f"    an untrained head: {result['accept_length_untrained']:.2f}",

@@ -3,13 +3,14 @@
 #   bash end_to_end/test_families.sh
 #   FAMILIES="gpt_oss mixtral qwen3_next" BASE_OUTPUT_DIRECTORY=/runs bash end_to_end/test_families.sh
 # DeepSeek-V3's target is FP8 and gpt-oss' is MXFP4, as they are published; where +keep follows the
-# family, they stay so in memory, else they are dequantised. Exit status 0: everything held.
+# family, they stay so in memory, else they are dequantised. With +bf16 everything is computed and
+# held in bfloat16, as on a TPU; else in float32. Exit status 0: everything held.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python3}
 output=${BASE_OUTPUT_DIRECTORY:-$(mktemp -d)}
-families=${FAMILIES:-qwen3_moe deepseek_v3 deepseek_v3+keep glm4_moe_lite gpt_oss+keep llama4 gemma3}
+families=${FAMILIES:-qwen3_moe qwen3_moe+bf16 deepseek_v3 deepseek_v3+keep glm4_moe_lite gpt_oss+keep llama4 gemma3}
 mkdir -p "$output"
 : > "$output/passed"
 
@@ -17,15 +18,17 @@ for family in $families; do
   began=$SECONDS
   run="$output/$family"
   rm -rf "$run" "$output/made/$family"
-  "$python" end_to_end/make_target.py "${family%+keep}" "$output/made/$family"
+  "$python" end_to_end/make_target.py "${family%%+*}" "$output/made/$family"
   keep=dequantize
-  [[ "$family" = *+keep ]] && keep=keep
+  [[ "$family" = *+keep* ]] && keep=keep
+  dtype=float32
+  [[ "$family" = *+bf16* ]] && dtype=bfloat16
   place=(base_output_directory="$output" run_name="$family")
   keys=("${place[@]}" target_path="$output/made/$family/target" target_quantization=$keep
         grain_train_files="$output/made/$family/conversations.jsonl" max_target_length=128
         steps=60 checkpoint_period=20 eval_interval=-1 ttt_length=3 draft_vocab_size=384
         learning_rate=5e-3 decode_num_prompts=6 decode_max_new_tokens=24 decode_temperature=0
-        matmul_precision=highest enable_tensorboard=False jax_cache_dir="$output/jax-cache")
+        matmul_precision=highest dtype=$dtype weight_dtype=$dtype enable_tensorboard=False jax_cache_dir="$output/jax-cache")
 
   echo "--- $family: train, and stop after the first checkpoint"
   "$python" MaxDraft/train.py configs/base.yml "${keys[@]}" &

@@ -74,3 +74,10 @@ def test_only_pyconfig_reads_the_environment():
             continue
         text = path.read_text(encoding="utf-8")
         assert "os.environ" not in text and "os.getenv" not in text, path
+
+
+@pytest.mark.parametrize("order", [["check"], ["format", "--check"]])
+def test_the_linter_and_the_formatter_have_nothing_to_say(order):
+    ruff = [sys.executable, "-m", "ruff", *order, "--no-cache", str(ROOT)]
+    said = subprocess.run(ruff, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
