@@ -5,6 +5,7 @@ alone; what it cannot go on from ends with exit status 2 and a sentence that say
 """
 
 import json
+import re
 import resource
 import signal
 
@@ -44,11 +45,14 @@ def test_a_run_stopped_by_a_signal_saves_exits_42_and_ends_with_the_same_bits(wh
 
 def test_a_run_killed_at_any_moment_starts_again_and_ends_with_the_same_bits(whole, job):
     # While encoding, before the first checkpoint, while one may be under way, late.
-    for line in ("data: encoding", "step 2/24", "step 5/24", "step 6/24", "step 17/24"):
+    for line in ("data: encoding", "step 2/24", "step 5/24", "step 6/24", "step 21/24"):
         status, printed = job.signal_after(line, signal.SIGKILL)
         assert status == -signal.SIGKILL, printed
     printed = job.run()
-    assert "resuming after step 15 of 24" in printed  # at most a checkpoint period is lost
+    # The checkpoint of step 20 is written while the steps go on and may not be whole yet; that of
+    # step 15 is, since a save waits for the one before it.
+    resumed = re.search(r"resuming after step (\d+) of 24", printed)
+    assert resumed and int(resumed[1]) in (15, 20), printed
     assert_same_bits(job.saved(24), whole[0].saved(24))
 
 
