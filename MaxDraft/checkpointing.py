@@ -28,6 +28,8 @@ from MaxDraft.train_step import TrainState
 MAY_CHANGE = {
     "attention_block_size",
     "vocab_block_size",
+    "rollout_block_size",
+    "remat_policy",
     "base_output_directory",
     "run_name",
     "target_path",  # where target and data lie; what they hold is in the checkpoint's identity

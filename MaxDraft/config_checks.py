@@ -19,6 +19,10 @@ CHOICES = {
     "weight_dtype": ("bfloat16", "float32"),
     "target_quantization": ("dequantize", "keep"),
     "matmul_precision": ("default", "high", "highest"),
+    "loss": ("kl", "lk_hybrid", "lk_alpha"),
+    "remat_policy": ("none", "dots", "full"),
+    "optimizer": ("adamw", "muon"),
+    "learning_rate_schedule": ("cosine", "wsd"),
     "loss_alignment": ("serving", "specforge"),
     "loss_denominator": ("counted", "specforge"),
     "loss_turns": ("all", "last"),
@@ -31,7 +35,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 1",
         lambda x: x >= 1,
-        "draft_vocab_size ttt_length attention_block_size vocab_block_size max_target_length "
+        "draft_vocab_size ttt_length attention_block_size vocab_block_size rollout_block_size "
+        "max_target_length "
         "grain_prefetch_buffer_size num_epoch per_device_batch_size gradient_accumulation_steps "
         "checkpoint_period max_num_checkpoints_to_keep log_period distributed_num_processes "
         "decode_num_prompts decode_batch_size decode_max_new_tokens decode_draft_steps",
@@ -48,7 +53,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 0 and below 1",
         lambda x: 0 <= x < 1,
-        "eval_fraction warmup_steps_fraction adam_b1 adam_b2",
+        "eval_fraction warmup_steps_fraction decay_steps_fraction adam_b1 adam_b2 muon_beta",
     ),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "max_skipped_fraction"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "ttt_loss_decay"),

@@ -66,6 +66,27 @@ def axis_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def on_each_device() -> Iterator[None]:
+    """Makes `constrain` the identity, for what is traced inside a shard_map."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def scatter_sum(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """Inside a shard_map over all of `mesh`: this device's part, by `spec`, of the sum of all x."""
+    left = list(mesh.axis_names)
+    for dim, part in enumerate(spec):
+        axes = (part,) if isinstance(part, str) else (part or ())
+        if axes:
+            x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+            left = [axis for axis in left if axis not in axes]
+    return jax.lax.psum(x, tuple(left)) if left else x
+
+
 def active_rules() -> tuple[Mesh, dict[str, tuple[str, ...]]] | None:
     """The mesh and {logical axis: mesh axes} of the innermost `axis_rules`; None outside."""
     return _active.get()

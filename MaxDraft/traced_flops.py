@@ -6,12 +6,14 @@ it: padding, recomputation and masked work included. What depends on the data co
     cond        the most expensive branch; of lax.platform_dependent the platform's
     ragged_dot  every row once, with one group's matrix (so TPU has it; see layers/experts.py)
     shard_map   the body on every device
-    while       nobody knows how often: an error where the body multiplies
+    while       as often as the innermost scope around it says, "runs_N_times"; without one nobody
+                knows: an error where the body multiplies
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # What runs its inner program once. Anything else that multiplies inside is an error.
 ONCE = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
+
+TIMES = re.compile(r"runs_([\d.]+)_times\)*$")
 
 
 def count(function: Callable, *args: Any, platform: str) -> int:
@@ -51,6 +55,8 @@ def _of_step(step: JaxprEqn, platform: str) -> int:
             return params["length"] * sum(inner)
         case "cond":
             return _of_branches(inner, params.get("branches_platforms"), platform)
+        case "while" if times := TIMES.search(str(step.source_info.name_stack)):
+            return round(float(times[1]) * sum(inner))
         case "shard_map":
             devices = [params["mesh"].shape[axis] for axis in params["newly_manual_axes"]]
             return math.prod(devices) * sum(inner)

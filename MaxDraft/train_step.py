@@ -2,11 +2,13 @@
 
     observe     the frozen target reads every micro-batch: features, teacher            (targets/)
     count       rows that count, over the whole step: the loss's denominators           (drafts/)
-    gradients   rollout and loss of each micro-batch, summed by a scan                  (drafts/)
-    update      clip, AdamW, cosine with warm-up; float32 masters and moments           (optax)
+    gradients   rollout and loss of the rows that are judged, on each device its own    (drafts/)
+    update      clip, AdamW or Muon, schedule; float32 masters and moments              (optax)
 
 Dividing each step's loss by rows counted over all micro-batches and devices needs the target's
-argmax everywhere before the first gradient. So the target runs first, over all of them.
+argmax everywhere before the first gradient. So the target runs first, over all of them. The target
+is split as XLA sees fit from its weights' sharding; the head is not left to it: each device has the
+whole head and its own rows, and all that devices exchange is counts and the gradient's sum.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import sharding
 from MaxDraft.drafts import alignment, eagle3, losses, metrics
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.drafts.losses import Teacher
-from MaxDraft.drafts.rollout import rollout
+from MaxDraft.drafts.rollout import Tokens
+from MaxDraft.drafts.training_pass import Judgement, PassDims, judge_rows, loss_and_gradient
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
@@ -47,6 +51,26 @@ class Frozen:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DraftFrozen:
+    """What of it judges the draft, whole on every device."""
+
+    teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
+    draft_to_target: jax.Array
+    in_vocabulary: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the target says of a batch."""
+
+    embeddings: jax.Array  # [..., B, T, H]
+    features: jax.Array  # [..., B, T, 3H]
+    teacher: Teacher
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """What a step changes, all of it saved in a checkpoint."""
 
@@ -56,39 +80,89 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """What `train` is made of, each a program of its own, to be measured alone."""
+
+    target: Callable[[Frozen, Batch], Seen]
+    draft: Callable[[Tree, Batch, Seen, Frozen], tuple[Tree, jax.Array, dict[str, jax.Array]]]
+    optimizer: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Programs:
     """The jitted functions of a run, and where their arguments live."""
 
     initialize: Callable[[Tree | None], TrainState]
     train: Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Frozen, Batch], dict[str, jax.Array]]
+    parts: Parts
     abstract_state: TrainState  # shapes, dtypes and shardings, to restore into
     batch_sharding: NamedSharding
 
 
 def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
-    """Linear to the peak over warmup_steps_fraction of the steps, then cosine to 0."""
+    """Linear to the peak over warmup_steps_fraction of the steps, then to 0 as the config says."""
     warmup = round(config.warmup_steps_fraction * total_steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (warmup + 1),  # not 0: the first step counts too
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(total_steps, warmup + 1),
+    first = config.learning_rate / (warmup + 1)  # not 0: the first step counts too
+    if config.learning_rate_schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=first,
+            peak_value=config.learning_rate,
+            warmup_steps=warmup,
+            decay_steps=max(total_steps, warmup + 1),
+        )
+    decay = max(round(config.decay_steps_fraction * total_steps), 1)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(first, config.learning_rate, warmup),
+            optax.constant_schedule(config.learning_rate),
+            optax.linear_schedule(config.learning_rate, 0.0, decay),
+        ],
+        boundaries=[warmup, max(total_steps - decay, warmup)],
     )
 
 
 def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps),
+    """AdamW or Muon behind a clip of the global norm."""
+    schedule = learning_rate_schedule(config, total_steps)
+    update = optax.adamw(
+        schedule,
         b1=config.adam_b1,
         b2=config.adam_b2,
         eps=config.adam_eps,
         weight_decay=config.adam_weight_decay,
     )
+    if config.optimizer == "muon":  # scaled so that AdamW's learning rates serve (arXiv:2502.16982)
+        muon = optax.contrib.muon(
+            schedule,
+            beta=config.muon_beta,
+            weight_decay=config.adam_weight_decay,
+            consistent_rms=0.2,
+        )
+        update = optax.partition({"muon": muon, "adamw": update}, _which_optimizer)
     if config.gradient_clipping_threshold == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clipping_threshold), adamw)
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clipping_threshold), update)
+
+
+def _which_optimizer(params: Tree) -> Tree:
+    """Muon for the layer's matrices and fc; AdamW for norms and, as is usual, the LM head."""
+    chosen = jax.tree.map(lambda w: "muon" if w.ndim == 2 else "adamw", params)
+    return chosen | {"lm_head": "adamw"}
+
+
+def _beside_their_parameters(state: Any, placement: Tree, otherwise: NamedSharding) -> Any:
+    """Shardings of an optimizer's state: its moments lie where their parameters do.
+
+    A moment is known by the end of its path, which is its parameter's.
+    """
+    places = dict(jax.tree_util.tree_flatten_with_path(placement)[0])
+
+    def place(path, _):
+        ends = (path[start:] for start in range(len(path)))
+        return next((places[end] for end in ends if end in places), otherwise)
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def make_programs(
@@ -104,8 +178,19 @@ def make_programs(
     schedule = learning_rate_schedule(config, total_steps)
     optimizer = make_optimizer(config, total_steps)
     table = eagle3.head_params(head_dims)
+    rules = config.logical_axis_rules
+    placement = parameters.shardings(table, mesh, rules)
+    how = PassDims(
+        ttt_length=config.ttt_length,
+        loss=config.loss,
+        row_block=config.rollout_block_size,
+        attention_block=config.attention_block_size,
+        remat=config.remat_policy,
+        softcap=target_dims.logit_softcap,
+    )
+    split_batch = sharding.named_sharding(mesh, rules, (None, "draft_batch", None)).spec
 
-    def observe(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array, Teacher]:
+    def observe(frozen: Frozen, batch: Batch) -> Seen:
         embeddings, features, last = decoder.features(
             frozen.target,
             batch["tokens"],
@@ -116,74 +201,92 @@ def make_programs(
             dtype,
             config.attention_block_size,
         )
+        aligned = aligned_rows(batch)
         best, log_norm = decoder.full_vocabulary(
-            frozen.target, target_dims, last, config.vocab_block_size
+            frozen.target,
+            target_dims,
+            last,
+            alignment.teacher_positions(aligned),
+            config.vocab_block_size,
         )
         # From here on the batch is split over every device, whatever split the target.
         return jax.tree.map(
             lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)),
-            (embeddings, features, Teacher(last, best, log_norm)),
+            Seen(embeddings, features, Teacher(last, best, log_norm)),
         )
 
-    def aligned_and_counted(frozen: Frozen, batch: Batch, teacher: Teacher):
-        aligned = alignment.aligned_rows(
+    def aligned_rows(batch: Batch) -> jax.Array:
+        return alignment.aligned_rows(
             batch["turn_ids"], batch["segment_ids"], config.ttt_length, config.loss_alignment
         )
-        drawable = losses.teacher_in_vocabulary(
-            teacher.best, frozen.in_vocabulary, config.ttt_length
-        )
-        return aligned, aligned & drawable
 
-    def denominators(counted: jax.Array) -> jax.Array:  # bool [..., K, B, T] -> float32 [K]
+    def on_this_device(batch: Batch, seen: Seen, frozen: DraftFrozen):
+        """-> tokens, judgement and counted rows of all micro-batches, [A, b, T] laid end to end."""
+        batch, seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, seen))
+        tokens = Tokens.of(seen.embeddings, seen.features, batch["positions"], batch["segment_ids"])
+        aligned = aligned_rows(batch)
+        counted = aligned & losses.teacher_in_vocabulary(
+            seen.teacher.best, frozen.in_vocabulary, config.ttt_length
+        )
+        aligned, counted = (x.reshape(len(x), -1) for x in (aligned, counted))
         if config.loss_denominator == "specforge":
-            return jnp.full(config.ttt_length, counted.size / config.ttt_length, jnp.float32)
-        axes = tuple(axis for axis in range(counted.ndim) if axis != counted.ndim - 3)
-        return counted.sum(axes).astype(jnp.float32)
-
-    def loss_and_sums(params: Tree, frozen: Frozen, batch: Batch, seen, rows, denominator):
-        embeddings, features, teacher = seen
-        aligned, counted = rows
-        # Gathered once for all steps of the rollout. They are rounded where they are used, so that
-        # the gradients of all uses are added up in float32.
-        weights = jax.tree.map(lambda w: constrain(w, *(None,) * w.ndim), params)
-        states = rollout(
-            weights,
-            head_dims,
-            embeddings,
-            features,
-            batch["positions"],
-            batch["segment_ids"],
-            config.ttt_length,
-            config.attention_block_size,
+            denominators = jnp.full(config.ttt_length, counted.shape[1], jnp.float32)
+        else:
+            denominators = counted.sum(1).astype(jnp.float32)
+        weights = losses.row_weights(
+            counted, jax.lax.psum(denominators, mesh.axis_names), config.ttt_loss_decay
         )
-        results = losses.judge(
-            weights,
-            head_dims,
-            states,
-            teacher,
-            decoder.draft_head_weight(frozen.target, frozen.draft_to_target),
-            frozen.draft_to_target,
-            config.vocab_block_size,
-            target_dims.logit_softcap,
+        teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
+        judgement = Judgement(
+            teacher, frozen.teacher_head, frozen.draft_to_target, aligned, weights
         )
-        loss = losses.total_loss(results.loss, counted, denominator, config.ttt_loss_decay)
-        return loss, metrics.sums(results, aligned, counted)
+        return tokens, judgement, counted
 
-    def train(state: TrainState, frozen: Frozen, batch: Batch):
-        seen = jax.lax.map(lambda micro: observe(frozen, micro), batch)
-        rows = jax.lax.map(lambda args: aligned_and_counted(frozen, *args), (batch, seen[2]))
-        denominator = denominators(rows[1])
+    def everywhere_at_once(function: Callable, out_specs: Any) -> Callable:
+        """function(params, batch, seen, frozen) on each device, its batch and whole parameters."""
 
-        def add_gradient(total, args):
-            (loss, sums), gradient = jax.value_and_grad(loss_and_sums, has_aux=True)(
-                state.params, frozen, *args, denominator
-            )
-            return jax.tree.map(jnp.add, total, gradient), (loss, sums)
+        def alone(*args):
+            with sharding.on_each_device():
+                return function(*args)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, parts = jax.lax.scan(add_gradient, zeros, (batch, seen, rows))
-        loss, sums = jax.tree.map(lambda x: x.sum(0), parts)
+        return jax.shard_map(
+            alone,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), split_batch, split_batch, PartitionSpec()),
+            out_specs=out_specs,
+            check_vma=False,
+        )
 
+    def gradients_on_this_device(params: Tree, batch: Batch, seen: Seen, frozen: DraftFrozen):
+        tokens, judgement, counted = on_this_device(batch, seen, frozen)
+        loss, gradient, results = loss_and_gradient(params, head_dims, tokens, judgement, how)
+        gradient = jax.tree.map(
+            lambda g, place: sharding.scatter_sum(g, mesh, place.spec), gradient, placement
+        )
+        sums = metrics.sums(results, judgement.aligned, counted)
+        return gradient, *jax.lax.psum((loss, sums), mesh.axis_names)
+
+    def judged_on_this_device(params: Tree, batch: Batch, seen: Seen, frozen: DraftFrozen):
+        tokens, judgement, counted = on_this_device(batch, seen, frozen)
+        results = judge_rows(params, head_dims, tokens, judgement, how)
+        return jax.lax.psum(metrics.sums(results, judgement.aligned, counted), mesh.axis_names)
+
+    def for_the_draft(frozen: Frozen) -> DraftFrozen:
+        head = decoder.draft_head_weight(frozen.target, frozen.draft_to_target)
+        return DraftFrozen(head, frozen.draft_to_target, frozen.in_vocabulary)
+
+    def seen_by_target(frozen: Frozen, batch: Batch) -> Seen:
+        return jax.lax.map(lambda micro: observe(frozen, micro), batch)
+
+    def gradients(params: Tree, batch: Batch, seen: Seen, frozen: Frozen):
+        """-> gradient where the parameters lie, loss, metrics.sums."""
+        places = jax.tree.map(lambda place: place.spec, placement)
+        return everywhere_at_once(
+            gradients_on_this_device, (places, PartitionSpec(), PartitionSpec())
+        )(params, batch, seen, for_the_draft(frozen))
+
+    def update(state: TrainState, gradient: Tree, loss: jax.Array):
+        """-> new state, and what the step says of it."""
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         gradient_norm = optax.tree.norm(gradient)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), new_optimizer)
@@ -191,40 +294,35 @@ def make_programs(
         # A step that is not finite changes nothing but the step number.
         kept = dataclasses.replace(state, step=state.step + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-        return new, sums | {
-            "tokens": (batch["segment_ids"] > 0).sum(),
+        return new, {
             "total_loss": loss,
             "gradient_norm": gradient_norm,
             "finite": finite,
             "learning_rate": schedule(state.step),
         }
 
-    def evaluate(params: Tree, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
-        def of_micro_batch(micro):
-            seen = observe(frozen, micro)
-            rows = aligned_and_counted(frozen, micro, seen[2])
-            return loss_and_sums(params, frozen, micro, seen, rows, denominators(rows[1]))[1]
+    def train(state: TrainState, frozen: Frozen, batch: Batch):
+        seen = seen_by_target(frozen, batch)
+        gradient, loss, sums = gradients(state.params, batch, seen, frozen)
+        new, said = update(state, gradient, loss)
+        return new, sums | said | {"tokens": (batch["segment_ids"] > 0).sum()}
 
-        return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_micro_batch, batch))
+    def evaluate(params: Tree, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
+        return everywhere_at_once(judged_on_this_device, PartitionSpec())(
+            params, batch, seen_by_target(frozen, batch), for_the_draft(frozen)
+        )
 
     def initialize(params: Tree | None) -> TrainState:
         if params is None:
             params = parameters.initialize(table, config.init_weights_seed)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    rules = config.logical_axis_rules
     everywhere = NamedSharding(mesh, PartitionSpec())
-    placement = parameters.shardings(table, mesh, rules)
-    moments = jax.eval_shape(optimizer.init, parameters.abstract(table))
     state_shardings = TrainState(
         step=everywhere,
         params=placement,
-        optimizer=optax.tree_map_params(
-            optimizer,
-            lambda _, place: place,
-            moments,
-            placement,
-            transform_non_params=lambda _: everywhere,
+        optimizer=_beside_their_parameters(
+            jax.eval_shape(optimizer.init, parameters.abstract(table)), placement, everywhere
         ),
     )
 
@@ -242,6 +340,13 @@ def make_programs(
             under_rules(train), donate_argnums=0, out_shardings=(state_shardings, everywhere)
         ),
         evaluate=jax.jit(under_rules(evaluate), out_shardings=everywhere),
+        parts=Parts(
+            target=jax.jit(under_rules(seen_by_target)),
+            draft=jax.jit(under_rules(gradients)),
+            optimizer=jax.jit(
+                under_rules(update), donate_argnums=0, out_shardings=(state_shardings, everywhere)
+            ),
+        ),
         abstract_state=jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
             jax.eval_shape(initialize, None),

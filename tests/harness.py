@@ -13,7 +13,8 @@ from MaxDraft.drafts import alignment as alignments
 from MaxDraft.drafts import losses, metrics
 from MaxDraft.drafts.eagle3 import HeadDims, head_params
 from MaxDraft.drafts.losses import Teacher
-from MaxDraft.drafts.rollout import rollout
+from MaxDraft.drafts.rollout import Tokens
+from MaxDraft.drafts.training_pass import Judgement, PassDims, judge_rows, loss_and_gradient
 from MaxDraft.layers.params import flatten
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets import decoder
@@ -83,38 +84,43 @@ class Outcome:
 
 
 @functools.lru_cache
-def _compiled(dims, steps, attention_block, vocab_block, decay, gradients):
-    def judged(params, target, batch, draft_ids):
-        embeddings = decoder.embed(target, batch["tokens"], jnp.float32)
-        states = rollout(
-            params,
-            dims,
-            embeddings,
-            batch["aux"],
-            batch["positions"],
-            batch["segments"],
-            steps,
-            attention_block,
-        )
+def _compiled(dims, how, vocab_block, decay, gradients, every_row):
+    def outcome(params, target, batch, draft_ids, inside, aligned, denominators):
+        positions = alignments.teacher_positions(aligned)
         teacher = Teacher(
             batch["final"],
-            *decoder.full_vocabulary(target, models.tiny_dims(), batch["final"], vocab_block),
+            *decoder.full_vocabulary(
+                target, models.tiny_dims(), batch["final"], positions, vocab_block
+            ),
         )
-        head = decoder.draft_head_weight(target, draft_ids)
-        rows = losses.judge(params, dims, states, teacher, head, draft_ids, vocab_block)
-        return rows, teacher.best
-
-    def loss(params, target, batch, draft_ids, inside, aligned, denominators):
-        rows, best = judged(params, target, batch, draft_ids)
-        counted = aligned & losses.teacher_in_vocabulary(best, inside, steps)
+        counted = aligned & losses.teacher_in_vocabulary(teacher.best, inside, how.ttt_length)
         counts = counted.sum((1, 2)).astype(jnp.float32)
         denominators = jnp.where(denominators > 0, denominators, counts)
-        total = losses.total_loss(rows.loss, counted, denominators, decay)
-        return total, (rows, counted, metrics.sums(rows, aligned, counted))
+        weights = losses.row_weights(counted, denominators, decay)
+        embeddings = decoder.embed(target, batch["tokens"], jnp.float32)
+        tokens = Tokens.of(embeddings, batch["aux"], batch["positions"], batch["segments"])
+        judgement = Judgement(
+            teacher=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher),
+            teacher_head=decoder.draft_head_weight(target, draft_ids),
+            draft_to_target=draft_ids,
+            aligned=aligned.reshape(len(aligned), -1) | every_row,
+            weights=weights.reshape(len(weights), -1),
+        )
+        if gradients:
+            total, gradient, rows = loss_and_gradient(params, dims, tokens, judgement, how)
+        else:
+            rows = judge_rows(params, dims, tokens, judgement, how)
+            total, gradient = (judgement.weights * rows.loss).sum(), None
+        sums = metrics.sums(rows, *(x.reshape(len(x), -1) for x in (aligned, counted)))
+        return (
+            total,
+            gradient,
+            jax.tree.map(lambda x: x.reshape(aligned.shape), rows),
+            counted,
+            sums,
+        )
 
-    if not gradients:
-        return jax.jit(lambda *args: (loss(*args), None))
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(outcome)
 
 
 def run(
@@ -125,14 +131,18 @@ def run(
     *,
     attention_block=5,
     vocab_block=7,
+    row_block=11,
+    loss="kl",
+    remat="none",
     decay=0.8,
     counts=None,
     gradients=True,
+    every_row=False,
 ):
     """Rollout, judgement, total and gradients of a problem, in float32.
 
     counts: the denominators [K], where they are taken over more than this batch.
-    gradients: False compiles faster.
+    gradients: False compiles faster. every_row: rolls out those too that nobody judges.
     """
     dims, batch = head_dims(problem), problem.batch
     table = head_params(dims)
@@ -155,9 +165,9 @@ def run(
     }
     if counts is None:
         counts = np.zeros(steps) if denominator == "counted" else np.full(steps, turns.size)
-    (total, (rows, counted, sums)), gradient = _compiled(
-        dims, steps, attention_block, vocab_block, decay, gradients
-    )(
+    how = PassDims(steps, loss, row_block, attention_block, remat)
+    compiled = _compiled(dims, how, vocab_block, decay, gradients, every_row)
+    total, gradient, rows, counted, sums = compiled(
         params,
         target,
         arrays,
@@ -187,10 +197,15 @@ def worst_gradient(ours, theirs):
 
 
 def from_rows(rows):
-    """Reference rows as the code's RowResults."""
+    """Reference rows [K, B, T] as the code's RowResults [K, B * T]."""
     assert isinstance(rows, reference.Rows)
     return losses.RowResults(
-        loss=jnp.asarray(rows.loss, jnp.float32),
-        correct=jnp.asarray(rows.correct),
-        alpha=jnp.asarray(rows.alpha, jnp.float32),
+        loss=jnp.asarray(flat(rows.loss), jnp.float32),
+        correct=jnp.asarray(flat(rows.correct)),
+        alpha=jnp.asarray(flat(rows.alpha), jnp.float32),
     )
+
+
+def flat(x):
+    """[K, B, T] -> [K, B * T]."""
+    return x.reshape(len(x), -1)

@@ -1,14 +1,19 @@
 """Attention in blocks and over a cache equals a dense softmax, and so do its gradients."""
 
-import functools
-
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxDraft.layers.attention import cached_attention, packed_attention
+from MaxDraft.layers.attention import (
+    Keys,
+    cached_attention,
+    document_starts,
+    joined,
+    packed_attention,
+    row_attention,
+)
 
 TOLERANCE = 1e-5
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4 + [0] * 2, [1] * 18])  # [B, T]
@@ -56,15 +61,23 @@ def dense(q, k, v, own_k=None, own_v=None):
     return out
 
 
-def packed(block, q, k, v, *own):
-    return packed_attention(q, k, v, jnp.asarray(SEGMENTS), block, *own)
+ROWS = jnp.broadcast_to(jnp.arange(SEGMENTS.shape[1]), SEGMENTS.shape)
+
+
+def attended(q, k, v, own, block, gradients=None):
+    """Every row as the rollout attends: step-0 keys, then its own [B, T, J, M, d]; gradients."""
+    first = document_starts(jnp.asarray(SEGMENTS))
+    out, log_sum, gradients = row_attention(q, Keys.of(k, v, block), gradients, first, ROWS)
+    if own:
+        out = joined(out, log_sum, q, *(jnp.moveaxis(x, 2, 0) for x in own))
+    return out, gradients
 
 
 def narrow(arrays):
     return [jnp.asarray(x, jnp.float32) for x in arrays]
 
 
-@pytest.mark.parametrize("own_keys", [0, 1, 3])
+@pytest.mark.parametrize("own_keys", [0, 1, 3, 6])
 @pytest.mark.parametrize(("block", "num_kv_heads"), [(5, 2), (6, 1), (18, 4), (100, 2)])
 def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_heads):
     arrays = make(own_keys, num_kv_heads)
@@ -72,33 +85,68 @@ def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_h
         one_row(*(x[b] for x in arrays[:3]), SEGMENTS[b], *(x[b] for x in arrays[3:]))
         for b in range(len(SEGMENTS))
     ]
-    ours = packed(block, *narrow(arrays))
+    q, k, v, *own = narrow(arrays)
+    ours, _ = attended(q, k, v, own, block)
     assert harness.relative_error(ours, np.stack(expected)) < TOLERANCE
+    if not own_keys:
+        same = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block)
+        np.testing.assert_array_equal(same, ours)
 
 
-@pytest.mark.parametrize("own_keys", [0, 3])
-def test_gradients_equal_dense_attention_in_float64(own_keys):
-    arrays = make(own_keys)
+@pytest.mark.parametrize("own_keys", [0, 3, 6])
+@pytest.mark.parametrize(("block", "num_kv_heads"), [(5, 2), (6, 1), (100, 4)])
+def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_heads):
+    arrays = make(own_keys, num_kv_heads)
     direction = np.random.default_rng(1).normal(size=arrays[0].shape)
 
-    def gradients(attend, arrays, direction):
-        def total(*arrays):
-            return (attend(*arrays) * direction).sum()
-
-        return jax.jit(jax.grad(total, tuple(range(len(arrays)))))(*arrays)
+    def total(*arrays):
+        return (dense(*arrays) * direction).sum()
 
     with jax.enable_x64(True):
-        expected = gradients(dense, [jnp.asarray(x) for x in arrays], direction)
+        expected = jax.grad(total, tuple(range(len(arrays))))(*(jnp.asarray(x) for x in arrays))
         assert expected[0].dtype == jnp.float64
         expected = [np.asarray(x) for x in expected]
-    ours = gradients(functools.partial(packed, 5), narrow(arrays), jnp.float32(direction))
+
+    q, k, v, *own = narrow(arrays)
+
+    zeros = Keys.of(k, v, block).zeros()
+    _, pull_back = jax.vjp(
+        lambda *args: attended(args[0], k, v, args[1], block, args[2]), q, own, zeros
+    )
+    d_q, d_own, d_keys = pull_back((jnp.asarray(direction, jnp.float32), zeros))
+    ours = (d_q, *d_keys.arrays(k.shape[1]), *d_own)
     for mine, theirs in zip(ours, expected, strict=True):
         assert harness.relative_error(mine, theirs) < TOLERANCE
+    _, _, twice = pull_back((jnp.asarray(direction, jnp.float32), d_keys))
+    for once, sum_of_two in zip((d_keys.k, d_keys.v), (twice.k, twice.v), strict=True):
+        np.testing.assert_allclose(sum_of_two, 2 * once, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 32])
+def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block):
+    rng = np.random.default_rng(3)
+    R, T, N, M, d = 13, 17, 4, 2, 6
+    q, k, v = (rng.normal(size=(1, n, h, d)) for n, h in ((R, N), (T, M), (T, M)))
+    first = rng.integers(0, T, (1, R))
+    last = np.minimum(first + rng.integers(-3, 9, (1, R)), T - 1)  # some see nothing
+    assert (last < first).any()
+    keys = Keys.of(*narrow([k, v]), block)
+    out, log_sum, _ = row_attention(*narrow([q]), keys, None, first, last)
+    for i, n in np.ndindex(R, N):
+        seen = np.s_[0, first[0, i] : last[0, i] + 1, n // 2]
+        scores = np.exp(k[seen] @ q[0, i, n] / np.sqrt(d))
+        if len(scores):
+            expected = scores @ v[seen] / scores.sum()
+            np.testing.assert_allclose(out[0, i, n], expected, rtol=1e-5, atol=1e-6)
+            assert float(log_sum[0, i, n]) == pytest.approx(np.log(scores.sum()), abs=1e-5)
+        else:
+            assert not np.asarray(out[0, i, n]).any()
+            assert log_sum[0, i, n] < -1e20
 
 
 def test_scores_that_overflow_an_unshifted_softmax_stay_finite():
     q, k, v = make(0)
-    ours = packed(5, *narrow([100 * q, 100 * k, v]))
+    ours = packed_attention(*narrow([100 * q, 100 * k, v]), jnp.asarray(SEGMENTS), 5)
     assert np.isfinite(ours).all()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import harness
+import jax
 import jax.numpy as jnp
 import models
 import numpy as np
@@ -35,20 +36,18 @@ def half(rows, part):
 
 def sums_of(rows):
     sums = metrics.sums(
-        harness.from_rows(rows), jnp.asarray(rows.aligned), jnp.asarray(rows.counted)
+        harness.from_rows(rows),
+        jnp.asarray(harness.flat(rows.aligned)),
+        jnp.asarray(harness.flat(rows.counted)),
     )
     return {name: np.asarray(value) for name, value in sums.items()}
 
 
 def total_of(rows, denominators, decay=0.8):
-    return float(
-        losses.total_loss(
-            jnp.asarray(rows.loss, jnp.float32),
-            jnp.asarray(rows.counted),
-            jnp.asarray(denominators, jnp.float32),
-            decay,
-        )
+    weights = losses.row_weights(
+        jnp.asarray(rows.counted), jnp.asarray(denominators, jnp.float32), decay
     )
+    return float((weights * rows.loss).sum())
 
 
 def test_metrics_equal_counting():
@@ -103,20 +102,17 @@ def test_gradients_of_two_halves_add_up_to_that_of_the_whole():
     assert harness.worst_gradient(summed, all_rows.gradients)[1] < 1e-5
 
 
-def test_uncounted_rows_may_hold_anything():
-    rows = random_rows()
-    counts = rows.counted.sum((1, 2))
-    garbage = dataclasses.replace(rows, loss=np.where(rows.counted, rows.loss, np.inf))
-    assert total_of(garbage, counts) == total_of(rows, counts)
-
-
 def test_steps_without_a_row_count_nothing_and_stay_finite():
     rows = random_rows()
     for name in ("aligned", "counted", "correct"):
         getattr(rows, name)[2:] = False
     ours = metrics.finish(sums_of(rows), 0.8)
     assert ours["acc"][2:] == ours["alpha"][2:] == ours["loss_by_step"][2:] == [0.0, 0.0]
-    assert np.isfinite(total_of(rows, rows.counted.sum((1, 2))))
+    weights = losses.row_weights(
+        jnp.asarray(rows.counted), jnp.asarray(rows.counted.sum((1, 2)), jnp.float32), 0.8
+    )
+    assert np.isfinite(weights).all()
+    assert not weights[2:].any()
 
 
 def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
@@ -152,17 +148,24 @@ def test_sim_accept_length_is_the_mean_chain_of_the_rows_where_all_steps_are_ali
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("block", [1, 4, 50])
-def test_the_teacher_over_the_full_vocabulary_equals_dense_logits(tied, block):
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_teacher_over_the_full_vocabulary_equals_dense_logits_where_it_is_wanted(
+    tied, block, share
+):
     rng = np.random.default_rng(0)
     last = rng.normal(size=(2, 11, 8)).astype(np.float32)
     weight = rng.normal(size=(8, 37)).astype(np.float32)
     params = {"embed": jnp.asarray(weight.T)} | ({} if tied else {"head": jnp.asarray(weight)})
     if not tied:
         params["embed"] = -params["embed"]  # not to be read
-    best, log_norm = decoder.full_vocabulary(params, models.tiny_dims(), jnp.asarray(last), block)
+    wanted = rng.random((2, 11)) < share
+    best, log_norm = decoder.full_vocabulary(
+        params, models.tiny_dims(), jnp.asarray(last), jnp.asarray(wanted), block
+    )
     logits = last.astype(np.float64) @ weight
-    np.testing.assert_array_equal(best, logits.argmax(-1))
-    np.testing.assert_allclose(log_norm, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+    np.testing.assert_array_equal(best, np.where(wanted, logits.argmax(-1), 0))
+    expected = np.where(wanted, np.log(np.exp(logits).sum(-1)), 0.0)
+    np.testing.assert_allclose(log_norm, expected, rtol=1e-5)
     chosen = jnp.asarray([3, 4, 30])
     np.testing.assert_array_equal(decoder.draft_head_weight(params, chosen), weight[:, [3, 4, 30]])
 
@@ -217,3 +220,95 @@ def test_rows_whose_teacher_is_outside_the_vocabulary_are_found_at_the_teachers_
     inside = jnp.asarray([True, True, True, False, False])
     found = losses.teacher_in_vocabulary(best, inside, 2)
     assert np.asarray(found).astype(int).tolist() == [[[1, 1, 0, 1, 0]], [[1, 0, 1, 0, 0]]]
+
+
+# ------------------------------------------------------------------------- the losses themselves
+def judged_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
+    rng = np.random.default_rng(seed)
+    behind = rows + steps - 1
+    logits = 2 * rng.normal(size=(behind, vocabulary))
+    full = np.log(np.exp(logits).sum(-1) + rng.random(behind))  # tokens outside the draft's
+    return {
+        "hidden": rng.normal(size=(steps, rows, width)),
+        "lm_head": rng.normal(size=(width, vocabulary)),
+        "logits": logits,
+        "log_norm": full,
+        "best": rng.integers(0, 2 * vocabulary, behind),
+        "weights": rng.random((steps, rows)) * (rng.random((steps, rows)) < 0.8),
+    }
+
+
+def judged_by_code(given, loss):
+    def total(hidden, lm_head):
+        judge = losses.Judge.of(
+            *(jnp.asarray(given[name], jnp.float32) for name in ("logits", "log_norm")),
+            jnp.asarray(given["best"], jnp.int32),
+        )
+        ids = jnp.arange(0, 2 * lm_head.shape[1], 2)
+        weights = jnp.asarray(given["weights"], jnp.float32)
+        return losses.judged(hidden, lm_head, judge, ids, weights, loss)
+
+    arrays = (jnp.asarray(given[name], jnp.float32) for name in ("hidden", "lm_head"))
+    return jax.value_and_grad(total, (0, 1), has_aux=True)(*arrays)
+
+
+def judged_plainly(given, loss, stopped=None):
+    """NumPy, float64, a row at a time -> total, loss [K, R], alpha [K, R].
+
+    stopped: alpha [K, R] under lk_hybrid's stop_gradient, where it is not to move.
+    """
+    steps, rows = given["weights"].shape
+    values, alphas = np.zeros((steps, rows)), np.zeros((steps, rows))
+    for k, i in np.ndindex(steps, rows):
+        z = given["hidden"][k, i] @ given["lm_head"]
+        q = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        full = np.exp(given["logits"][i + k] - given["log_norm"][i + k])
+        p = full / full.sum()
+        cross_entropy, alpha = -(p * np.log(q)).sum(), np.minimum(full, q).sum()
+        mix = np.exp(-3 * (alpha if stopped is None else stopped[k, i]))
+        values[k, i] = {
+            "kl": cross_entropy,
+            "lk_hybrid": mix * cross_entropy + (1 - mix) * (1 - alpha),
+            "lk_alpha": -np.log(alpha),
+        }[loss]
+        alphas[k, i] = alpha
+    return (given["weights"] * values).sum(), values, alphas
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
+    given = judged_problem()
+    (total, rows), gradients = judged_by_code(given, loss)
+    expected, values, alphas = judged_plainly(given, loss)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(rows.loss, values, rtol=1e-5)
+    np.testing.assert_allclose(rows.alpha, alphas, rtol=1e-5)
+    rng = np.random.default_rng(1)
+    for name, gradient in zip(("hidden", "lm_head"), gradients, strict=True):
+        for _ in range(4):
+            direction, size = rng.normal(size=given[name].shape), 1e-6
+
+            def moved(by, name=name, direction=direction):
+                changed = given | {name: given[name] + by * direction}
+                return judged_plainly(changed, loss, stopped=alphas)[0]
+
+            slope = (moved(size) - moved(-size)) / (2 * size)
+            assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+def test_a_row_that_does_not_count_has_no_gradient_however_wrong_it_is():
+    given = judged_problem()
+    given["weights"][:, 2] = 0.0
+    given["hidden"][:, 2] = 1e30
+    (total, _), (d_hidden, d_head) = judged_by_code(given, "kl")
+    assert np.isfinite(total)
+    assert np.isfinite(d_head).all()
+    assert not np.asarray(d_hidden[:, 2]).any()
+
+
+def test_lk_hybrid_goes_from_the_cross_entropy_to_one_minus_alpha_as_alpha_rises():
+    given = judged_problem()
+    _, kl, alphas = judged_plainly(given, "kl")
+    hybrid = np.asarray(judged_by_code(given, "lk_hybrid")[0][1].loss)
+    share = (hybrid - (1 - alphas)) / (kl - (1 - alphas))
+    np.testing.assert_allclose(share, np.exp(-3 * alphas), rtol=1e-4)

@@ -98,11 +98,33 @@ def test_gradients_equal_finite_differences_along_random_directions():
         assert abs(product - expected) < TOLERANCE * scale, (name, product, expected)
 
 
+def assert_same(ours, expected):
+    assert ours.total == pytest.approx(expected.total, rel=1e-5)
+    at = expected.aligned
+    for name in ("loss", "alpha", "correct"):
+        mine, theirs = getattr(ours.rows, name)[at], getattr(expected.rows, name)[at]
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4)
+    assert harness.worst_gradient(ours.gradients, expected.gradients)[1] < 1e-5
+
+
 def test_block_sizes_change_nothing():
-    parts = harness.run(problem(), 1, attention_block=5, vocab_block=7)
-    whole = harness.run(problem(), 1, attention_block=64, vocab_block=23)
-    np.testing.assert_allclose(parts.rows.loss, whole.rows.loss, rtol=1e-4)
-    assert harness.worst_gradient(parts.gradients, whole.gradients)[1] < 1e-5
+    whole = harness.run(problem(), 3, attention_block=64, vocab_block=23, row_block=69)
+    for attention, vocab, rows in ((5, 7, 1), (4, 5, 7), (64, 23, 16)):
+        blocks = {"attention_block": attention, "vocab_block": vocab, "row_block": rows}
+        assert_same(harness.run(problem(), 3, **blocks), whole)
+
+
+@pytest.mark.parametrize("alignment", ["serving", "specforge"])
+def test_rolling_out_the_rows_that_nobody_judges_as_well_changes_nothing(alignment):
+    gathered = harness.run(problem(), 3, alignment)
+    share = gathered.aligned.any(0).mean()
+    assert 0.2 < share < 0.9  # of the rows are rolled out
+    assert_same(harness.run(problem(), 3, alignment, every_row=True), gathered)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_the_backward_pass_computes_again_is_the_same(remat):
+    assert_same(harness.run(problem(), 3, remat=remat), harness.run(problem(), 3))
 
 
 def packed_elsewhere(given, placement, length=23):
@@ -173,7 +195,7 @@ def test_a_row_reads_the_tokens_after_it_its_chain_and_the_prefix_and_nothing_el
     )
     for t in range(n):
         for k in range(steps):
-            for i in range(n - 1 - k):  # rows whose tokens exist
+            for i in range(n - 2 - k):  # rows that are judged
                 changed = abs(by_token.rows.loss[k, t, i] - before[k, i]) > 1e-6
                 assert changed == (t >= 1 and i >= t - 1 - k), ("token", t, k, i)
                 changed = abs(by_feature.rows.loss[k, t, i] - before[k, i]) > 1e-6

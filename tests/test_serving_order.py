@@ -17,7 +17,7 @@ from MaxDraft.decoding.generate import TargetModel, decode_plain
 from MaxDraft.decoding.speculative import DraftModel, accept_sampled, decode_speculative
 from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.alignment import aligned_rows
-from MaxDraft.drafts.rollout import rollout
+from MaxDraft.drafts.rollout import rollout_everywhere
 from MaxDraft.targets import decoder
 
 TARGET = tiny_dims()
@@ -43,7 +43,9 @@ def _rollout_logits(target_params, head_params, tokens, steps):
     embeddings, features, _ = decoder.features(
         target_params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, block=8
     )
-    states = rollout(head_params, HEAD, embeddings, features, positions, segments, steps, block=8)
+    states = rollout_everywhere(
+        head_params, HEAD, embeddings, features, positions, segments, steps, block=8
+    )
     return jnp.stack([eagle3.logits(head_params, HEAD, state)[0] for state in states])
 
 

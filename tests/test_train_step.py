@@ -153,6 +153,47 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_by_a_cosine(
     assert rates[100] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_wsd_rises_stays_and_falls_to_zero_in_a_line():
+    settings = config("learning_rate_schedule=wsd", "decay_steps_fraction=0.2", warmup=0.1)
+    schedule = learning_rate_schedule(settings, 100)
+    rates = np.array([float(schedule(step)) for step in range(101)])
+    assert rates[0] == pytest.approx(0.01 / 11)
+    np.testing.assert_allclose(rates[10:81], 0.01, rtol=1e-6)
+    np.testing.assert_allclose(rates[80:], np.linspace(0.01, 0, 21), atol=1e-9)
+    constant = learning_rate_schedule(
+        config("learning_rate_schedule=wsd", "decay_steps_fraction=0"), 10
+    )
+    np.testing.assert_allclose([float(constant(step)) for step in range(10)], 0.01, rtol=1e-6)
+
+
+def test_muon_turns_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+    built = programs(config("optimizer=muon", "gradient_clipping_threshold=0"))
+    before = jax.device_get(random_head(HEAD))
+    state, _ = built.train(built.initialize(random_head(HEAD)), frozen(), split(rows(), 2))
+    moved = jax.tree.map(lambda new, old: (np.asarray(new) - old) / 0.01, state.params, before)
+    for name in ("fc", "q", "o"):
+        # 0.2 sqrt(max(rows, cols)) times a matrix whose singular values Newton-Schulz brings to
+        # about 1: between 0.7 and 1.2 with its published coefficients, where the rank is full.
+        scale = 0.2 * math.sqrt(max(moved[name].shape))
+        values = np.linalg.svd(moved[name] / scale, compute_uv=False)
+        assert values.max() < 1.3, name
+        assert np.median(values) > 0.5, name
+    for name in ("norm", "lm_head"):  # AdamW's first step has size 1 wherever there is a gradient
+        size = np.abs(moved[name])
+        np.testing.assert_allclose(size[size > 0.5], 1.0, rtol=1e-2)
+        assert (size > 0.5).mean() > 0.9, name
+
+
+@pytest.mark.parametrize("loss", ["lk_hybrid", "lk_alpha"])
+def test_the_acceptance_losses_raise_alpha(loss):
+    built = programs(config(f"loss={loss}"), total_steps=30)
+    state, alphas = built.initialize(None), []
+    for _ in range(30):
+        state, result = built.train(state, frozen(), split(rows(), 2))
+        alphas.append(float((result["alpha_sum"] / result["aligned_rows"])[0]))
+    assert alphas[-1] > alphas[0] + 0.1
+
+
 def test_a_step_that_is_not_finite_changes_only_the_step_number():
     built = programs(config())
     broken = frozen(norm=jnp.full(TARGET.hidden_size, jnp.nan))
@@ -199,7 +240,7 @@ def test_evaluation_pools_the_same_sums_as_the_training_step():
 
 def test_no_intermediate_holds_every_logit_or_every_attention_score():
     # [T, V], [T, D] and [T, T] must not exist for a whole row: blocks of 8 positions only.
-    built = programs(config())
+    built = programs(config("rollout_block_size=8"))
     batch = split(rows(), 1)
     text = built.train.lower(built.initialize(random_head(HEAD)), frozen(), batch).as_text()
     rows_, length = 4, LENGTH
@@ -207,7 +248,9 @@ def test_no_intermediate_holds_every_logit_or_every_attention_score():
     for forbidden in (
         f"{rows_}x{length}x{TARGET.vocab_size}xf32",
         f"{rows_}x{length}x{len(IDS)}xf32",
+        f"{rows_ * length}x{len(IDS)}xf32",
         f"x{length}x{length}xf32",
+        f"x{rows_ * length}x{rows_ * length}xf32",
     ):
         assert forbidden not in text
 

@@ -25,7 +25,7 @@ from MaxDraft.convert.loading import listed, stored_shape
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError, read_header, read_json
 from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
-from MaxDraft.drafts.rollout import rollout
+from MaxDraft.drafts.rollout import rollout_everywhere
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config
@@ -209,7 +209,7 @@ def _trained_logits(
     """Logits of the training rollout at the last row before each chain, in float32."""
     T = len(embeddings)
     one_document = jnp.zeros((1, T), jnp.int32)
-    states = rollout(
+    states = rollout_everywhere(
         params, dims, embeddings[None], features[None], positions[None], one_document, steps, T
     )
     last = jnp.asarray(CHAIN_ROWS) - 1

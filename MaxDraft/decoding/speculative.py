@@ -58,7 +58,9 @@ class DraftModel:
         slots: jax.Array,  # int [B, S] cache slot and rotary position
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """-> un-normed output [B, S, H], cache."""
-        q, k, v = eagle3.project(params, self.dims, embeddings, state, slots)
+        x = eagle3.layer_input(params, self.dims, embeddings, state)
+        q = eagle3.queries(params, self.dims, x, slots)
+        k, v = eagle3.keys_values(params, self.dims, x, slots)
         cache = write(cache, (k, v), slots)
         attended = cached_attention(q, *cache, slots)
         return eagle3.finish(params, self.dims, state, attended), cache

@@ -41,3 +41,11 @@ def specforge_rows(turn_ids: jax.Array, segment_ids: jax.Array, k: int) -> jax.A
     """
     same_document = (segment_ids > 0) & (shift_left(segment_ids, 1 + k) == segment_ids)
     return same_document & (shift_left(turn_ids, k) > 0)
+
+
+def teacher_positions(aligned: jax.Array) -> jax.Array:
+    """Where some row is judged: bool [B, T] from aligned bool [K, B, T].
+
+    Row i of step k is judged at i+1+k, where row i+k of step 0 is, and that row is aligned as well.
+    """
+    return jnp.pad(aligned[0], ((0, 0), (1, 0)))[:, :-1]

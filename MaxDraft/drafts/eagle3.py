@@ -77,15 +77,9 @@ def fuse(params: Tree, features: jax.Array) -> jax.Array:
     return constrain(linear(features, params["fc"]), "draft_batch", None, None)
 
 
-def project(
-    params: Tree,
-    dims: HeadDims,
-    embeddings: jax.Array,  # [B, T, H] of the tokens that the rows read
-    state: jax.Array,  # [B, T, H]
-    positions: jax.Array,  # int [B, T] of the rotary embedding
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> q [B, T, N, d], k and v [B, T, M, d] of one step."""
-    x = jnp.concatenate(
+def layer_input(params: Tree, dims: HeadDims, embeddings: jax.Array, state: jax.Array) -> jax.Array:
+    """Embeddings [B, T, H] of the tokens that the rows read, state [B, T, H] -> [B, T, 2H]."""
+    return jnp.concatenate(
         [
             rms_norm(embeddings, params["embedding_norm"], dims.norm_eps),
             rms_norm(state, params["state_norm"], dims.norm_eps),
@@ -93,12 +87,23 @@ def project(
         axis=-1,
     )
 
-    def heads(name: str) -> jax.Array:
-        y = linear(x, params[name]).reshape(*x.shape[:2], -1, dims.head_dim)
-        return constrain(y, "draft_batch", None, None, None)
 
-    rotary = cos_sin(dims.rope, positions)
-    return rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")
+def queries(params: Tree, dims: HeadDims, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Layer input [B, T, 2H], positions int [B, T] of the rotary embedding -> [B, T, N, d]."""
+    return rotate(_heads(params, dims, x, "q"), *cos_sin(dims.rope, positions))
+
+
+def keys_values(
+    params: Tree, dims: HeadDims, x: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Layer input [B, T, 2H] -> keys and values [B, T, M, d]."""
+    keys = rotate(_heads(params, dims, x, "k"), *cos_sin(dims.rope, positions))
+    return keys, _heads(params, dims, x, "v")
+
+
+def _heads(params: Tree, dims: HeadDims, x: jax.Array, name: str) -> jax.Array:
+    y = linear(x, params[name]).reshape(*x.shape[:2], -1, dims.head_dim)
+    return constrain(y, "draft_batch", None, None, None)
 
 
 def finish(params: Tree, dims: HeadDims, state: jax.Array, attended: jax.Array) -> jax.Array:
@@ -113,6 +118,11 @@ def finish(params: Tree, dims: HeadDims, state: jax.Array, attended: jax.Array) 
 
 def logits(params: Tree, dims: HeadDims, state: jax.Array) -> jax.Array:
     """Un-normed output [..., H] -> float32 logits over the draft vocabulary [..., D]."""
-    normed = rms_norm(state, params["norm"], dims.norm_eps)
+    normed = head_input(params, dims, state)
     weight = params["lm_head"].astype(state.dtype)
     return jnp.matmul(normed, weight, preferred_element_type=jnp.float32)
+
+
+def head_input(params: Tree, dims: HeadDims, state: jax.Array) -> jax.Array:
+    """Un-normed output [..., H] -> what the LM head is multiplied with, [..., H]."""
+    return rms_norm(state, params["norm"], dims.norm_eps)

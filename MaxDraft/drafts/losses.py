@@ -1,101 +1,150 @@
-"""The rollout's loss: soft cross-entropy against the target, over the draft vocabulary.
+"""The rollout's loss against the target's distribution, over the draft vocabulary.
 
     p = softmax of the target's logits restricted to the D draft tokens (renormalised)
-    q = softmax of the head's logits
-    loss_k(row) = - sum_v p_v log q_v
+    q = softmax of the head's logits z
+    alpha = sum_v min(p_full(v), q(v)), p_full over all V tokens: the expected acceptance
+
+    kl         - sum_v p_v log q_v                    (KL up to the entropy of p, which is constant)
+    lk_hybrid  lambda kl + (1 - lambda) (1 - alpha),  lambda = exp(-eta stop_gradient(alpha))
+    lk_alpha   - log alpha                            (Samarin et al. 2026, arXiv:2602.23881)
+
     total = sum_k decay^k * (sum of loss_k over its counted rows) / (their number)
 
-Row i of step k is judged by the teacher at position i+1+k. The work is therefore laid out by
-teacher position: a block of positions computes its teacher once and judges the K states that look
-at it.
-Nothing of size [T, V] or [T, D] is kept: the backward pass recomputes each block.
+Row i of step k is judged by the teacher at position i+1+k, which is the teacher of row i+k at step
+0: of the k-th row after it. The teacher's distribution is made once for a block of rows, and all K
+states of the block are judged by it. Since each row's weight in the total is known beforehand, its
+gradient to the logits is made in the same pass, and no logits are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.drafts.rollout import shift_left
-from MaxDraft.layers.blocks import merge_length, split_length
-from MaxDraft.layers.norms import soft_cap
-from MaxDraft.layers.params import Tree
-from MaxDraft.sharding import constrain
+
+LOSSES = ("kl", "lk_hybrid", "lk_alpha")
+_ETA = 3.0  # of lk_hybrid, the paper's
+_LEAST = 1e-20  # alpha under the logarithm
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """What the target says at every position of a batch."""
+    """What the target says at every position."""
 
-    last: jax.Array  # [B, T, H] final normed state
-    best: jax.Array  # int32 [B, T] argmax over all V tokens
-    log_norm: jax.Array  # float32 [B, T] log sum exp of all V logits
+    last: jax.Array  # [..., H] final normed state
+    best: jax.Array  # int32 [...] argmax over all V tokens
+    log_norm: jax.Array  # float32 [...] log sum exp of all V logits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Teachers of R rows at step 0 and of the K - 1 rows behind them, over the D draft tokens."""
+
+    p: jax.Array  # float32 [R + K - 1, D], renormalised
+    inside: jax.Array  # float32 [R + K - 1], the share of all probability that the D tokens have
+    best: jax.Array  # int32 [R + K - 1], argmax over all V tokens
+
+    @classmethod
+    def of(cls, logits: jax.Array, log_norm: jax.Array, best: jax.Array) -> Judge:
+        """logits float32 [R + K - 1, D] of the draft tokens, log_norm over all V."""
+        log_sum = jax.nn.logsumexp(logits, -1)
+        return cls(jnp.exp(logits - log_sum[:, None]), jnp.exp(log_sum - log_norm), best)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowResults:
-    """Per step and row; float32 or bool [K, B, T]. Rows without a teacher hold garbage."""
+    """Per step and row; float32 or bool [K, R]. Rows without a teacher hold garbage."""
 
-    loss: jax.Array  # -sum p log q
+    loss: jax.Array
     correct: jax.Array  # bool: the head's argmax is the target's full-vocabulary argmax
     alpha: jax.Array  # sum_v min(p_full(v), q(v)), p over all V tokens
 
 
-def judge(
-    params: Tree,
-    dims: HeadDims,
-    states: list[jax.Array],  # K of [B, T, H], from the rollout
-    teacher: Teacher,
-    teacher_head: jax.Array,  # [H, D]: the target's LM head, draft tokens only
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def judged(
+    hidden: jax.Array,  # [K, R, H] what the LM head is multiplied with
+    lm_head: jax.Array,  # float32 [H, D]
+    judge: Judge,
     draft_to_target: jax.Array,  # int32 [D]
-    block: int,  # positions judged at a time
-    softcap: float = 0.0,  # of the target's logits; 0: none
-) -> RowResults:
-    """Loss and agreement of every row at every step."""
-    steps, length = len(states), teacher.last.shape[1]
-    # At teacher position t, step k judges row t-1-k: shifting by that lays all K states in step.
-    by_position = [_shift_right(state, 1 + k) for k, state in enumerate(states)]
+    weights: jax.Array,  # float32 [K, R]: what each row's loss counts in the total
+    loss: str,
+) -> tuple[jax.Array, RowResults]:
+    """-> (sum of weights * loss, with gradients to hidden and lm_head; each row's results)."""
+    return _all_steps(hidden, lm_head, judge, draft_to_target, weights, loss, gradient=False)[:2]
 
-    @jax.checkpoint
-    def of_block(args):
-        last, best, log_norm, *states = args
-        teacher_logits = jnp.matmul(
-            last, teacher_head.astype(last.dtype), preferred_element_type=jnp.float32
-        )
-        teacher_logits = soft_cap(constrain(teacher_logits, "draft_batch", None, None), softcap)
-        log_p = jax.nn.log_softmax(teacher_logits)
-        # Softmax over all V tokens is p times the share of probability inside the draft vocabulary.
-        inside = jnp.exp(jax.nn.logsumexp(teacher_logits, -1) - log_norm)
-        p = jnp.exp(log_p)
 
-        def against(state):
-            log_q = jax.nn.log_softmax(eagle3.logits(params, dims, state))
-            drafted = draft_to_target[jnp.argmax(log_q, -1)]
-            alpha = jnp.minimum(p * inside[..., None], jnp.exp(log_q)).sum(-1)
-            return -(p * log_q).sum(-1), drafted == best, jax.lax.stop_gradient(alpha)
-
-        return tuple(against(state) for state in states)
-
-    blocks = jax.lax.map(
-        of_block,
-        tuple(
-            split_length(x, block)
-            for x in (teacher.last, teacher.best, teacher.log_norm, *by_position)
-        ),
+def _judged_forward(hidden, lm_head, judge, draft_to_target, weights, loss):
+    total, rows, *gradients = _all_steps(
+        hidden, lm_head, judge, draft_to_target, weights, loss, gradient=True
     )
+    return (total, rows), gradients
 
-    def by_row(field: int) -> jax.Array:  # K blocked [B, T] by position -> [K, B, T] by row
-        return jnp.stack(
-            [shift_left(merge_length(blocks[k][field], length), 1 + k) for k in range(steps)]
+
+def _judged_backward(_, gradients, d):
+    d_total, _ = d
+    return *(d_total.astype(x.dtype) * x for x in gradients), None, None, None
+
+
+judged.defvjp(_judged_forward, _judged_backward)
+
+
+def _all_steps(hidden, lm_head, judge, draft_to_target, weights, loss, *, gradient: bool):
+    """-> total, RowResults, and gradients to hidden and lm_head, or nothing for them."""
+    weight = lm_head.astype(hidden.dtype)
+    steps, rows = hidden.shape[:2]
+
+    def step(d_head, given):
+        k, state, row_weights = given
+        p, inside, best = (
+            jax.lax.dynamic_slice_in_dim(x, k, rows) for x in (judge.p, judge.inside, judge.best)
         )
+        z = jnp.matmul(state, weight, preferred_element_type=jnp.float32)
+        log_sum = jax.nn.logsumexp(z, -1)
+        q = jnp.exp(z - log_sum[:, None])
+        p_full = p * inside[:, None]
+        alpha = jnp.minimum(p_full, q).sum(-1)
+        value, towards_p, towards_alpha = _value(loss, log_sum - (p * z).sum(-1), alpha)
+        result = RowResults(value, draft_to_target[jnp.argmax(z, -1)] == best, alpha)
+        if not gradient:
+            return d_head, (result, None)
+        d_z = (row_weights * towards_p)[:, None] * (q - p)
+        if loss != "kl":  # d alpha / d z = q (1[q < p] - sum of q over those)
+            lower = jnp.where(q < p_full, q, 0.0)
+            d_alpha = lower - q * lower.sum(-1, keepdims=True)
+            d_z += (row_weights * towards_alpha)[:, None] * d_alpha
+        d_z = d_z.astype(hidden.dtype)
+        d_state = jnp.matmul(d_z, weight.T)
+        d_head += jnp.einsum("rh,rd->hd", state, d_z, preferred_element_type=jnp.float32)
+        return d_head, (result, d_state)
 
-    return RowResults(loss=by_row(0), correct=by_row(1), alpha=by_row(2))
+    d_head = jnp.zeros(lm_head.shape, jnp.float32) if gradient else None
+    given = (jnp.arange(steps), hidden, weights)
+    d_head, (results, d_hidden) = jax.lax.scan(step, d_head, given)
+    total = jnp.where(weights > 0, weights * results.loss, 0.0).sum()
+    return total, results, d_hidden, d_head
+
+
+def _value(
+    loss: str, cross_entropy: jax.Array, alpha: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> the loss of each row, and its derivatives by the cross-entropy and by alpha."""
+    match loss:
+        case "kl":
+            return cross_entropy, jnp.ones_like(alpha), jnp.zeros_like(alpha)
+        case "lk_hybrid":
+            mix = jnp.exp(-_ETA * alpha)
+            return mix * cross_entropy + (1 - mix) * (1 - alpha), mix, mix - 1
+        case "lk_alpha":
+            alpha = jnp.maximum(alpha, _LEAST)
+            return -jnp.log(alpha), jnp.zeros_like(alpha), -1 / alpha
+    raise ValueError(f"unknown loss {loss!r}")
 
 
 def teacher_in_vocabulary(
@@ -108,18 +157,7 @@ def teacher_in_vocabulary(
     return jnp.stack([shift_left(inside, 1 + k) for k in range(ttt_length)])
 
 
-def total_loss(
-    loss: jax.Array,  # float32 [K, B, T]
-    counted: jax.Array,  # bool [K, B, T]
-    denominators: jax.Array,  # float32 [K], over the whole optimizer step
-    decay: float,
-) -> jax.Array:
-    """sum_k decay^k * sum(loss_k over its counted rows) / denominator_k; a part of it per batch."""
-    sums = jnp.where(counted, loss, 0.0).sum(axis=(1, 2))
-    weights = decay ** jnp.arange(loss.shape[0], dtype=jnp.float32)
-    return (weights * sums / jnp.maximum(denominators, 1.0)).sum()
-
-
-def _shift_right(x: jax.Array, by: int) -> jax.Array:
-    """out[:, t] = x[:, t - by], zeros before the start; x [B, T, H]."""
-    return jnp.pad(x, [(0, 0), (by, 0), (0, 0)])[:, : x.shape[1]]
+def row_weights(counted: jax.Array, denominators: jax.Array, decay: float) -> jax.Array:
+    """decay^k / denominator_k where a row counts, float32 like counted bool [K, ...]."""
+    weights = decay ** jnp.arange(len(counted), dtype=jnp.float32) / jnp.maximum(denominators, 1.0)
+    return jnp.where(counted, weights.reshape(-1, *[1] * (counted.ndim - 1)), 0.0)

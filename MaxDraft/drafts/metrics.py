@@ -30,14 +30,14 @@ SUMS = (
 
 
 def sums(rows: RowResults, aligned: jax.Array, counted: jax.Array) -> dict[str, jax.Array]:
-    """Per-step sums and counts under the names SUMS, float32 [K]; masks bool [K, B, T]."""
+    """Per-step sums and counts under the names SUMS, float32 [K]; masks bool [K, R]."""
     right = rows.correct & aligned
     right_before = jnp.concatenate(
         [jnp.ones_like(right[:1]), jnp.cumprod(right, axis=0)[:-1].astype(bool)]
     )
 
     def total(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float32).sum(axis=(1, 2))
+        return x.astype(jnp.float32).sum(axis=1)
 
     return {
         "loss_sum": total(jnp.where(counted, rows.loss, 0.0)),

@@ -1,26 +1,31 @@
-"""Attention: blockwise over queries for training, over a cache for decoding.
+"""Attention: in blocks for training, over a cache for decoding.
 
-B batch, T sequence, N query heads, M key/value heads, G = N / M, d head size, J own keys.
+B batch, R rows (queries), T keys, N heads, M key/value heads, G = N / M, d head size.
 
-Training needs one shape only (the rollout of drafts/rollout.py, and with J = 0 the target):
-row i attends under ONE softmax to
-    the shared keys j <= i of its own document, and
-    its own J keys (one for each earlier step of the rollout).
-Scores exist for one block of queries at a time, [B, N, block, T], and the backward pass makes them
-again.
+What a row sees is an interval of keys, [first, last], since documents lie packed one after the
+other: from the start of its document, of its window or of its chunk, up to itself. So every mask is
+two numbers a row, and a block of keys that no row of a block sees is not computed at all.
+
+    out = softmax(q k^T) v        log_sum = log sum exp(q k^T)
+
+Forward and backward walk over blocks of keys under a running maximum (Milakov & Gimelshein 2018;
+Dao et al. 2022): memory grows with T, never with T * T. `log_sum` joins what a row sees elsewhere
+under the same softmax (`joined`), and has its gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.layers.blocks import merge_length, split_length
 from MaxDraft.layers.norms import soft_cap
 
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
+_NOTHING = -1e29  # the maximum of no scores: above MASKED, so that exp(MASKED - it) is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,54 +41,274 @@ class Scoring:
 PLAIN = Scoring()
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Keys and values, or their gradients, laid out to be read a block at a time."""
+
+    k: jax.Array  # [B, M, T', d], T' a multiple of the block
+    v: jax.Array  # [B, M, T', dv]
+    block: int = dataclasses.field(metadata={"static": True})
+    reach: int = dataclasses.field(metadata={"static": True})  # keys that a row sees, at most
+
+    @classmethod
+    def of(cls, k: jax.Array, v: jax.Array, block: int, reach: int | None = None) -> Keys:
+        """k [B, T, M, d], v [B, T, M, dv]; reach: all of T where it is not given."""
+        block = min(block, k.shape[1])
+        reach = k.shape[1] if reach is None else reach
+        return cls(*(_pad(jnp.swapaxes(x, 1, 2), 2, block) for x in (k, v)), block, reach)
+
+    def arrays(self, length: int) -> tuple[jax.Array, jax.Array]:
+        """k [B, T, M, d] and v [B, T, M, dv] again."""
+        return jnp.swapaxes(self.k, 1, 2)[:, :length], jnp.swapaxes(self.v, 1, 2)[:, :length]
+
+    def zeros(self) -> Keys:
+        """Gradients of nothing yet, float32."""
+        zeros = (jnp.zeros(x.shape, jnp.float32) for x in (self.k, self.v))
+        return dataclasses.replace(self, **dict(zip("kv", zeros, strict=True)))
+
+
+# ------------------------------------------------------------------------------- packed documents
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """int [B, T] -> int32 [B, T], where the document of every token begins in its row."""
+    rows = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    begins = jnp.where(segment_ids != before, rows, 0)
+    return jax.lax.cummax(begins, axis=1)
+
+
 def packed_attention(
     q: jax.Array,  # [B, T, N, d]
     k: jax.Array,  # [B, T, M, d]
-    v: jax.Array,  # [B, T, M, d]
-    segment_ids: jax.Array,  # [B, T] documents packed into the row
+    v: jax.Array,  # [B, T, M, dv]
+    segment_ids: jax.Array,  # [B, T] documents packed into the row, each in one piece
     block: int,
-    own_k: jax.Array | None = None,  # [B, T, J, M, d]
-    own_v: jax.Array | None = None,
     *,
     scoring: Scoring = PLAIN,
     positions: jax.Array | None = None,  # int [B, T] inside each document; needed for chunks
     sinks: jax.Array | None = None,  # [N] scores that take a share of the softmax and give nothing
-) -> jax.Array:  # [B, T, N, d of v]
-    """Causal attention inside each document, plus every row's own keys, under one softmax.
+) -> jax.Array:  # [B, T, N, dv]
+    """Causal attention inside each document; softmax in float32. Not differentiable."""
+    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids.shape)
+    first = document_starts(segment_ids)
+    if scoring.window:
+        first = jnp.maximum(first, rows - scoring.window + 1)
+    if scoring.chunk:
+        first = jnp.maximum(first, rows - positions % scoring.chunk)
+    out, log_sum = _forward(q, Keys.of(k, v, block), first, rows, scoring)
+    if sinks is not None:
+        share = jax.nn.sigmoid(log_sum - sinks.astype(jnp.float32))
+        out = out * share[..., None].astype(out.dtype)
+    return out
 
-    Softmax in float32. Memory grows with block * T, for any T and block.
+
+# ------------------------------------------------------------------------------------ any rows
+@jax.custom_vjp
+def row_attention(
+    q: jax.Array,  # [B, R, N, d]
+    keys: Keys,
+    gradients: Keys | None,  # float32; None: no gradients are wanted
+    first: jax.Array,  # int [B, R] the keys that a row sees: from this one
+    last: jax.Array,  # int [B, R] to this one, itself included; below `first`: none
+) -> tuple[jax.Array, jax.Array, Keys | None]:
+    """-> out [B, R, N, d], log_sum float32 [B, R, N], gradients as they came.
+
+    Many calls read the same keys. So that each adds to the gradient of all of them in place, and
+    none makes an array of it, the keys' gradient is handed from call to call: forward,
+    `gradients` only passes through; in the backward pass its cotangent is the sum so far.
     """
-    if scoring.chunk:  # a chunk of a document is to attention a document of its own
-        segment_ids = segment_ids * q.shape[1] + positions // scoring.chunk
-    length, num_heads, head_dim = q.shape[1:]
-    grouped = q.reshape(*q.shape[:2], k.shape[2], num_heads // k.shape[2], head_dim)
-    rows = jnp.broadcast_to(jnp.arange(length), segment_ids.shape)
-    queries = [grouped, segment_ids, rows]
-    if own_k is not None:
-        queries += [own_k, own_v]
-
-    @jax.checkpoint
-    def attend(args):
-        q_blk, q_segments, q_rows, *own = args
-        scores = _scores("bqmgd,bkmd->bmgqk", q_blk, k, scoring)
-        behind = q_rows[:, :, None] - rows[:, None, :]
-        visible = (q_segments[:, :, None] == segment_ids[:, None, :]) & (behind >= 0)
-        if scoring.window:
-            visible &= behind < scoring.window
-        scores = jnp.where(visible[:, None, None], scores, MASKED)
-        if own:
-            own_scores = _scores("bqmgd,bqjmd->bmgqj", q_blk, own[0], scoring)
-            scores = jnp.concatenate([scores, own_scores], -1)
-        weights = _softmax(scores, sinks).astype(v.dtype)
-        out = jnp.einsum("bmgqk,bkmd->bqmgd", weights[..., :length], v)
-        if own:
-            out += jnp.einsum("bmgqj,bqjmd->bqmgd", weights[..., length:], own[1])
-        return out
-
-    out = jax.lax.map(attend, tuple(split_length(x, block) for x in queries))
-    return merge_length(out, length).reshape(*q.shape[:-1], v.shape[-1])
+    return *_forward(q, keys, first, last, PLAIN), gradients
 
 
+def _row_attention_forward(q, keys, gradients, first, last):
+    out, log_sum = _forward(q, keys, first, last, PLAIN)
+    return (out, log_sum, gradients), (q, keys, first, last, out, log_sum)
+
+
+def _row_attention_backward(kept, cotangents):
+    *d_out, so_far = cotangents
+    d_q, gradients = _backward(*kept, *d_out, so_far)
+    return d_q, None, gradients, None, None
+
+
+row_attention.defvjp(_row_attention_forward, _row_attention_backward)
+
+
+def joined(
+    out: jax.Array,  # [..., N, d] of row_attention
+    log_sum: jax.Array,  # float32 [..., N]
+    q: jax.Array,  # [..., N, d]
+    own_k: jax.Array,  # [J, ..., M, d] keys that only this row sees
+    own_v: jax.Array,  # [J, ..., M, d]
+) -> jax.Array:  # [..., N, d]
+    """The same softmax over a row's own keys besides."""
+    grouped = q.reshape(*q.shape[:-2], own_k.shape[-2], -1, q.shape[-1])
+    scores = jnp.einsum("...mgd,j...md->...mgj", grouped, own_k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    log_sum = log_sum.reshape(scores.shape[:-1])
+    total = jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, -1))
+    theirs = jnp.exp(log_sum - total)[..., None].astype(out.dtype)
+    own = jnp.exp(scores - total[..., None]).astype(out.dtype)
+    joint = theirs * out.reshape(grouped.shape) + jnp.einsum("...mgj,j...md->...mgd", own, own_v)
+    return joint.reshape(q.shape)
+
+
+# --------------------------------------------------------------------------------------- in blocks
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A block of queries over the blocks of keys that it sees."""
+
+    keys: Keys
+    first: jax.Array  # int [B, b]
+    last: jax.Array  # int [B, b]
+    scoring: Scoring
+
+    def over(self, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+        """carry = body(j, carry) for every block j of keys that some row sees.
+
+        How many is known only then; the scope's name says how many they are where all rows of
+        documents as long as can be are there, on average over the blocks of queries.
+        """
+        size, length = self.keys.block, self.keys.k.shape[2]
+        usual = (-(-self.keys.reach // size) + 1) / 2
+        if self.scoring.window:  # b rows see b + window - 1 keys
+            usual = min(usual, 1 + (self.first.shape[1] + self.scoring.window - 2) / size)
+        if self.scoring.chunk:
+            usual = min(usual, (-(-self.scoring.chunk // size) + 1) / 2)
+        some = self.last >= self.first
+        start = jnp.min(jnp.where(some, self.first, length)) // size
+        stop = jnp.max(jnp.where(some, self.last, -1)) // size + 1
+        with jax.named_scope(f"runs_{usual:g}_times"):
+            return jax.lax.fori_loop(start, stop, body, carry)
+
+    def block(self, x: jax.Array, j: jax.Array) -> jax.Array:
+        """Keys of block j, [B, M, c, ...] of [B, M, T', ...]."""
+        return jax.lax.dynamic_slice_in_dim(x, j * self.keys.block, self.keys.block, axis=2)
+
+    def scale(self) -> float:
+        given = self.scoring.scale
+        return self.keys.k.shape[-1] ** -0.5 if given is None else given
+
+    def scores(self, q: jax.Array, j: jax.Array) -> jax.Array:
+        """float32 [B, M, G, b, c], MASKED where a row does not see a key; q [B, M, G, b, d]."""
+        k = self.block(self.keys.k, j)
+        scores = _product("bmgqd,bmkd->bmgqk", q, k) * self.scale()
+        key = j * self.keys.block + jnp.arange(self.keys.block, dtype=jnp.int32)
+        visible = (key >= self.first[..., None]) & (key <= self.last[..., None])
+        return jnp.where(visible[:, None, None], soft_cap(scores, self.scoring.softcap), MASKED)
+
+
+def _forward(q, keys, first, last, scoring):
+    queries = _Queries.of(q, keys)
+
+    def of_queries(_, given):
+        q, first, last = given
+        walk = _Walk(keys, first, last, scoring)
+
+        def add_keys(j, carry):
+            most, total, out = carry
+            scores = walk.scores(q, j)
+            new = jnp.maximum(most, scores.max(-1))
+            weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+            values = walk.block(keys.v, j)
+            added = _product("bmgqk,bmkd->bmgqd", weights.astype(values.dtype), values)
+            return new, total * shrink + weights.sum(-1), out * shrink[..., None] + added
+
+        shape = q.shape[:-1]
+        nothing = jnp.full(shape, _NOTHING, jnp.float32)
+        zeros = jnp.zeros((*shape, keys.v.shape[-1]), jnp.float32)
+        most, total, out = walk.over(add_keys, (nothing, jnp.zeros(shape, jnp.float32), zeros))
+        some = jnp.maximum(total, 1e-37)  # nothing is seen: out 0, log_sum far below any score
+        return None, ((out / some[..., None]).astype(keys.v.dtype), most + jnp.log(some))
+
+    given = (queries.split(q), queries.split_rows(first, 0), queries.split_rows(last, -1))
+    _, (out, log_sum) = jax.lax.scan(of_queries, None, given)
+    return queries.merge(out), queries.merge(log_sum)
+
+
+def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys):
+    """-> gradient to q, and so_far with that to the keys.
+
+    Weights are made again from the scores and their log sum.
+    """
+    queries = _Queries.of(q, keys)
+    # d softmax: weights * (d_out v - d_out out), and d log_sum adds to every score its weight.
+    offset = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_log_sum
+
+    def of_queries(total, given):
+        q, first, last, d_out, log_sum, offset = given
+        walk = _Walk(keys, first, last, PLAIN)
+
+        def add_keys(j, carry):
+            d_q, total = carry
+            weights = jnp.exp(walk.scores(q, j) - log_sum)
+            d_weights = _product("bmgqd,bmkd->bmgqk", d_out, walk.block(keys.v, j))
+            d_scores = (weights * (d_weights - offset) * walk.scale()).astype(q.dtype)
+
+            def add(sums, rows, values):
+                added = walk.block(sums, j) + _product("bmgqk,bmgqd->bmkd", rows, values)
+                return jax.lax.dynamic_update_slice_in_dim(sums, added, j * keys.block, axis=2)
+
+            d_q += _product("bmgqk,bmkd->bmgqd", d_scores, walk.block(keys.k, j))
+            d_k, d_v = add(total.k, d_scores, q), add(total.v, weights.astype(d_out.dtype), d_out)
+            return d_q, dataclasses.replace(total, k=d_k, v=d_v)
+
+        d_q, total = walk.over(add_keys, (jnp.zeros(q.shape, jnp.float32), total))
+        return total, d_q.astype(q.dtype)
+
+    given = (
+        queries.split(q),
+        queries.split_rows(first, 0),
+        queries.split_rows(last, -1),
+        queries.split(d_out),
+        queries.split(log_sum[..., None]),
+        queries.split(offset[..., None]),
+    )
+    total, d_q = jax.lax.scan(of_queries, so_far, given)
+    return queries.merge(d_q), total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queries:
+    """[B, R, N, ...] <-> blocks [I, B, M, G, b, ...] of rows, padded with rows that see nothing."""
+
+    rows: int  # R
+    kv_heads: int  # M
+    size: int  # b
+
+    @classmethod
+    def of(cls, q: jax.Array, keys: Keys) -> _Queries:
+        return cls(q.shape[1], keys.k.shape[1], min(keys.block, q.shape[1]))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        x = _pad(x, 1, self.size)
+        x = x.reshape(
+            len(x), -1, self.size, self.kv_heads, x.shape[2] // self.kv_heads, *x.shape[3:]
+        )
+        return jnp.moveaxis(x, (1, 2), (0, 4))
+
+    def split_rows(self, x: jax.Array, value: int) -> jax.Array:
+        """[B, R] -> [I, B, b]; the rows added hold `value`."""
+        x = _pad(x, 1, self.size, value)
+        return jnp.swapaxes(x.reshape(len(x), -1, self.size), 0, 1)
+
+    def merge(self, blocks: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(blocks, (0, 4), (1, 2))  # [B, I, b, M, G, ...]
+        return x.reshape(len(x), -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, : self.rows]
+
+
+def _product(equation: str, *factors: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
+
+
+def _pad(x: jax.Array, axis: int, block: int, value: float = 0) -> jax.Array:
+    """Up to a multiple of the block."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, pad, constant_values=value)
+
+
+# ----------------------------------------------------------------------------------- over a cache
 def cached_attention(
     q: jax.Array,  # [B, S, N, d]
     k_cache: jax.Array,  # [B, C, M, d]

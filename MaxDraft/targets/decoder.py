@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.layers.blocks import merge_length, split_length
 from MaxDraft.layers.experts import mixture
 from MaxDraft.layers.mlp import gated_mlp
 from MaxDraft.layers.norms import rms_norm, soft_cap
@@ -148,17 +147,36 @@ def draft_head_weight(params: Tree, draft_to_target: jax.Array) -> jax.Array:
 
 
 def full_vocabulary(
-    params: Tree, dims: DecoderDims, last: jax.Array, block: int
+    params: Tree,
+    dims: DecoderDims,
+    last: jax.Array,  # [B, T, H] final states
+    wanted: jax.Array,  # bool [B, T]
+    block: int,
 ) -> tuple[jax.Array, jax.Array]:  # int32 [B, T], float32 [B, T]
-    """The target's argmax over all V tokens, and log sum exp of its logits, at every position.
+    """The target's argmax over all V tokens, and log sum exp of its logits, where they are wanted.
 
-    Logits exist for `block` positions of each row at a time.
+    Zeros elsewhere. Wanted positions are put first; logits exist for `block` of each row at a time.
     """
+    length = last.shape[1]
+    block = min(block, length)
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    places = jnp.pad(order, ((0, 0), (0, -length % block)))
+    blocks = places.shape[1] // block
 
-    def of_block(states):
+    def of_block(i, found):
+        here = jax.lax.dynamic_slice_in_dim(places, i * block, block, axis=1)
+        states = jnp.take_along_axis(last, here[..., None], axis=1)
         scores = constrain(logits(params, dims, states), "target_batch", None, "target_vocab")
-        return jnp.argmax(scores, -1).astype(jnp.int32), jax.nn.logsumexp(scores, -1)
+        new = jnp.argmax(scores, -1).astype(jnp.int32), jax.nn.logsumexp(scores, -1)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, y, i * block, axis=1)
+            for x, y in zip(found, new, strict=True)
+        )
 
-    blocks = split_length(last, block)
-    best, log_norm = jax.lax.map(of_block, blocks)
-    return merge_length(best, last.shape[1]), merge_length(log_norm, last.shape[1])
+    nothing = jnp.zeros(places.shape, jnp.int32), jnp.zeros(places.shape, jnp.float32)
+    with jax.named_scope(f"runs_{blocks}_times"):
+        used = -(-wanted.sum(1).max() // block)
+        found = jax.lax.fori_loop(0, used, of_block, nothing)
+    back = jnp.argsort(order, axis=1)
+    best, log_norm = (jnp.take_along_axis(x[:, :length], back, axis=1) for x in found)
+    return jnp.where(wanted, best, 0), jnp.where(wanted, log_norm, 0.0)

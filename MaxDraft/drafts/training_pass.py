@@ -1,0 +1,192 @@
+"""Loss, gradient and metrics of the tokens of one device: a block of rows at a time.
+
+    every token     fc, step-0 key and value                                    (first_step)
+    block of rows   the rows that are judged at some step, as they come, R at a time:
+                    rollout of K steps -> loss -> gradient of everything the block read
+    every token     the gradients of step-0 states, keys and values go back to fc, k and v
+
+Rows that nobody judges are never rolled out: the judged ones are put first, and the loop ends with
+the last of them. The work is that of the judged rows, rounded up to a block, whatever share of the
+batch they are; nothing can overflow. Activations exist for one block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from MaxDraft.drafts import eagle3
+from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.losses import Judge, RowResults, Teacher, judged
+from MaxDraft.drafts.rollout import Tokens, first_step, rollout
+from MaxDraft.layers.attention import Keys
+from MaxDraft.layers.norms import soft_cap
+from MaxDraft.layers.params import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class PassDims:
+    """How the pass computes."""
+
+    ttt_length: int  # K
+    loss: str  # one of losses.LOSSES
+    row_block: int  # R, rows rolled out at a time
+    attention_block: int  # rows and keys attended at a time
+    remat: str = "none"  # one of rollout.REMAT
+    softcap: float = 0.0  # of the target's logits; 0: none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What rows are judged by, L tokens laid end to end."""
+
+    teacher: Teacher  # [L, ...]
+    teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
+    draft_to_target: jax.Array  # int32 [D]
+    aligned: jax.Array  # bool [K, L] rows that are judged
+    weights: jax.Array  # float32 [K, L] what the loss of each counts in the total, 0: nothing
+
+
+def judge_rows(
+    params: Tree, dims: HeadDims, tokens: Tokens, judgement: Judgement, how: PassDims
+) -> RowResults:
+    """-> results [K, L] of the judged rows; zeros elsewhere."""
+    state, k, v = first_step(params, dims, tokens)
+    keys = Keys.of(k, v, how.attention_block, tokens.length)
+    blocks = _Blocks.of(judgement.aligned, how)
+
+    def of_block(i, results):
+        rows = blocks.rows(i)
+        given = (_at(state, rows), None, keys, tokens, judgement)
+        found = _block(params, *given, blocks, i, dims, how)[1]
+        return _put(results, rows, found)
+
+    return blocks.over(of_block, _nothing(judgement.aligned))
+
+
+def loss_and_gradient(
+    params: Tree, dims: HeadDims, tokens: Tokens, judgement: Judgement, how: PassDims
+) -> tuple[jax.Array, Tree, RowResults]:
+    """-> sum of weights * loss, its gradient, float32 like params, and what judge_rows gives."""
+    (state, k, v), pull_back = jax.vjp(lambda params: first_step(params, dims, tokens), params)
+    keys = Keys.of(k, v, how.attention_block, tokens.length)
+    blocks = _Blocks.of(judgement.aligned, how)
+
+    def of_block(i, carry):
+        loss, gradient, d_state, d_keys, results = carry
+        rows = blocks.rows(i)
+
+        def block(params, state, gradients):
+            given = (keys, tokens, judgement, blocks, i, dims, how)
+            loss, found, gradients = _block(params, state, gradients, *given)
+            return (loss, gradients), found
+
+        (added, _), block_pull_back, found = jax.vjp(
+            block, params, _at(state, rows), d_keys, has_aux=True
+        )
+        # The keys' gradient is handed through the block, which adds its own.
+        d_params, d_rows, d_keys = block_pull_back((jnp.ones_like(added), d_keys))
+        return (
+            loss + added,
+            jax.tree.map(jnp.add, gradient, d_params),
+            d_state.at[_place(rows, state)].set(d_rows, mode="drop"),
+            d_keys,
+            _put(results, rows, found),
+        )
+
+    # Blocks' gradients are added up in float32.
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    results = _nothing(judgement.aligned)
+    carry = (jnp.float32(0), zeros, jnp.zeros_like(state), keys.zeros(), results)
+    loss, gradient, d_state, d_keys, results = blocks.over(of_block, carry)
+    d_k, d_v = (x.astype(k.dtype) for x in d_keys.arrays(len(state)))
+    [d_params] = pull_back((d_state, d_k, d_v))
+    return loss, jax.tree.map(jnp.add, gradient, d_params), results
+
+
+def _block(
+    params: Tree,
+    state: jax.Array,  # [R, H]
+    gradients: Keys | None,  # see row_attention
+    keys: Keys,
+    tokens: Tokens,
+    judgement: Judgement,
+    blocks: _Blocks,
+    i: jax.Array,
+    dims: HeadDims,
+    how: PassDims,
+) -> tuple[jax.Array, RowResults, Keys | None]:
+    """Loss of a block of rows, their results [K, R], gradients."""
+    rows = blocks.rows(i)
+    states, gradients = rollout(
+        params, dims, state, keys, gradients, tokens, rows, how.ttt_length, how.remat
+    )
+    # Row i is judged at step 0 by the teacher at position i + 1.
+    teacher = jax.tree.map(lambda x: _at(x, blocks.rows(i, behind=True) + 1), judgement.teacher)
+    logits = jnp.matmul(
+        teacher.last,
+        judgement.teacher_head.astype(teacher.last.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    judge = Judge.of(soft_cap(logits, how.softcap), teacher.log_norm, teacher.best)
+    loss, results = judged(
+        eagle3.head_input(params, dims, states),
+        params["lm_head"],
+        judge,
+        judgement.draft_to_target,
+        jnp.where(rows >= 0, judgement.weights[:, rows], 0.0),
+        how.loss,
+    )
+    return loss, results, gradients
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Rows that some step judges, in order, R at a time."""
+
+    order: jax.Array  # int32 [blocks * R + K - 1]: places in 0..L-1; -1 behind the last
+    size: int = dataclasses.field(metadata={"static": True})  # R
+    behind: int = dataclasses.field(metadata={"static": True})  # K - 1
+
+    @classmethod
+    def of(cls, aligned: jax.Array, how: PassDims) -> _Blocks:
+        length, behind = aligned.shape[1], how.ttt_length - 1
+        size = min(how.row_block, length)
+        order = jnp.nonzero(aligned.any(0), size=length, fill_value=-1)[0].astype(jnp.int32)
+        return cls(jnp.pad(order, (0, -length % size + behind), constant_values=-1), size, behind)
+
+    def rows(self, i: jax.Array, behind: bool = False) -> jax.Array:
+        """Those of block i, and on request the K - 1 rows behind them."""
+        size = self.size + (self.behind if behind else 0)
+        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, size)
+
+    def over(self, body, carry):
+        """carry = body(i, carry) for every block with a row."""
+        most = (len(self.order) - self.behind) // self.size
+        with jax.named_scope(f"runs_{most}_times"):
+            count = (self.order >= 0).sum()
+            return jax.lax.fori_loop(0, -(-count // self.size), body, carry)
+
+
+def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """x[rows], of the last one where rows end and of any where there is none."""
+    return x[jnp.clip(rows, 0, len(x) - 1)]
+
+
+def _place(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Where to write rows of x: -1 is behind its end, where writing is dropped."""
+    return jnp.where(rows < 0, len(x), rows)
+
+
+def _nothing(aligned: jax.Array) -> RowResults:
+    zeros = jnp.zeros(aligned.shape, jnp.float32)
+    return RowResults(zeros, zeros.astype(bool), zeros)
+
+
+def _put(results: RowResults, rows: jax.Array, found: RowResults) -> RowResults:
+    place = _place(rows, results.loss[0])
+    return jax.tree.map(lambda x, new: x.at[:, place].set(new, mode="drop"), results, found)
