@@ -2,6 +2,8 @@
 
 Forward only for the target, forward and backward (3x) for what is trained. Recomputation in the
 backward pass is the implementation's choice and is not counted. Attention counts the causal half.
+The rollout needs rows that are judged, the target's vocabulary their teachers; fc and step-0 keys
+and values every token.
 The target's products are read off its parameter table: every matrix once for each token, of the
 experts those that a token is sent to.
 """
@@ -26,22 +28,25 @@ from MaxDraft.targets.table import decoder_params
 
 
 def per_token(
-    target: DecoderDims, head: HeadDims, ttt_length: int, length: int
+    target: DecoderDims, head: HeadDims, ttt_length: int, length: float, judged: float = 1.0
 ) -> dict[str, float]:
-    """FLOPs of each part for one token of a packed row of `length` tokens."""
+    """FLOPs of each part for one token of a document of `length` tokens.
+
+    judged: share of the tokens whose row some step of the rollout judges.
+    """
     H = target.hidden_size
     draft_q, draft_kv = head.num_heads * head.head_dim, head.num_kv_heads * head.head_dim
-    draft_layer = 2 * (
-        2 * H * (draft_q + 2 * draft_kv) + draft_q * H + 3 * H * head.intermediate_size
-    )
+    shared = 2 * 2 * H * 2 * draft_kv
+    of_a_row = 2 * (2 * H * draft_q + draft_q * H + 3 * H * head.intermediate_size)
+    rows = judged * ttt_length
     return {
         "target layers": _products(target),
         "target attention": sum(_mixing(layer, length) for layer in target.layers),
-        "target LM head": 2 * H * target.vocab_size,
+        "target LM head": judged * 2 * H * target.vocab_size,
         "fc": 2 * 2 * 3 * H * H,  # the features are frozen: no gradient flows into them
-        "draft layer": 3 * ttt_length * draft_layer,
-        "draft attention": 3 * ttt_length * 2 * 2 * draft_q * length / 2,
-        "draft LM head": 3 * ttt_length * 2 * H * head.draft_vocab_size,
+        "draft layer": 3 * (rows * of_a_row + (1 + judged * (ttt_length - 1)) * shared),
+        "draft attention": 3 * rows * 2 * 2 * draft_q * length / 2,
+        "draft LM head": 3 * rows * 2 * H * head.draft_vocab_size,
     }
 
 

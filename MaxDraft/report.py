@@ -33,7 +33,9 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
     summary = run.data.summary(vocabulary)
     trained = parameters.count(eagle3.head_params(head))
     frozen = parameters.count(decoder_params(target.dims, target.capture))
-    cost = flops.per_token(target.dims, head, config.ttt_length, config.max_target_length)
+    cost = flops.per_token(
+        target.dims, head, config.ttt_length, config.max_target_length, run.data.judged_share
+    )
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     say(
         f"\nsample of the training data, the assistant's tokens in brackets:\n{run.data.sample()}\n"

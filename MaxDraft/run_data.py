@@ -76,6 +76,11 @@ class RunData:
             summary.Coverage(chosen.size, self.vocab_size, chosen.coverage(self.counts)),
         )
 
+    @property
+    def judged_share(self) -> float:
+        """Of the training tokens, those whose row the rollout judges: about the assistant's."""
+        return summary.Side.of(self.dataset.train).assistant_share
+
     def sample(self) -> str:
         """The first training conversation, decoded, the assistant's tokens in brackets."""
         return summary.format_sample(*self.dataset.train[0], self.encoder.decode)

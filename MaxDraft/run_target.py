@@ -20,10 +20,10 @@ from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import Rope
 from MaxDraft.metric_logger import say
-from MaxDraft.pyconfig import Config, ConfigError
+from MaxDraft.pyconfig import Config
 from MaxDraft.targets import plan, registry
 from MaxDraft.targets.dims import DecoderDims, TargetError
-from MaxDraft.targets.draft_shape import draft_shape
+from MaxDraft.targets.draft_shape import head_dims
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target.build import ensure_tiny_target
 
@@ -88,29 +88,8 @@ def target_table(config: Config, target: Target, keep: bool) -> Tree:
 
 
 def wanted_head_dims(config: Config, target: DecoderDims) -> HeadDims:
-    """The head's dimensions: those of draft_shape, where the config does not say otherwise.
-
-    A warm start keeps the rotary embedding and the epsilon that its head was trained with.
-    """
-    shape = draft_shape(target)
-    head_dim = config.draft_head_dim or shape.head_dim
-    dims = HeadDims(
-        hidden_size=target.hidden_size,
-        intermediate_size=config.draft_intermediate_size or shape.intermediate_size,
-        num_heads=config.draft_num_attention_heads or shape.num_heads,
-        num_kv_heads=config.draft_num_key_value_heads or shape.num_kv_heads,
-        head_dim=head_dim,
-        draft_vocab_size=min(config.draft_vocab_size, target.vocab_size),
-        target_vocab_size=target.vocab_size,
-        norm_eps=target.norm_eps,
-        rope=dataclasses.replace(shape.rope, head_dim=head_dim),
-    )
-    if dims.num_heads % dims.num_kv_heads:
-        raise ConfigError(
-            f"the head's {dims.num_heads} query heads cannot share {dims.num_kv_heads} key/value "
-            f"heads evenly; set draft_num_attention_heads to a multiple of "
-            f"draft_num_key_value_heads"
-        )
+    """The head's dimensions; a warm start keeps the rotary embedding and epsilon of its head."""
+    dims = head_dims(config, target)
     if config.load_parameters_path:
         warm = head_import.load_head(Path(config.load_parameters_path).expanduser()).dims
         dims = dataclasses.replace(dims, rope=warm.rope, norm_eps=warm.norm_eps)

@@ -86,7 +86,11 @@ def train(
         total_steps=last,
         flops_per_token=sum(
             flops.per_token(
-                run.target.dims, run.head_dims, config.ttt_length, config.max_target_length
+                run.target.dims,
+                run.head_dims,
+                config.ttt_length,
+                config.max_target_length,
+                run.data.judged_share,
             ).values()
         ),
         num_devices=run.mesh.size,

@@ -1,0 +1,473 @@
+"""Measures the training step of any model file on any mesh, with random weights and tokens.
+
+    python3 MaxDraft/benchmark.py configs/base.yml model_name=llama3.1-8b per_device_batch_size=2
+    python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compile_only
+    python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compare "remat_policy=full"
+
+The target's dimensions are the model file's target_config; no checkpoint, tokenizer or data is
+read, and nothing but jax, optax and pyyaml imported.
+
+    --tokens all      one document a row, all of it the assistant's: every row is judged (default)
+             chats    packed conversations with ShareGPT's mean lengths
+    --steps N         timed steps (10), after one that is not timed
+    --compile_only    no weights and no step: bytes and FLOPs of the compiled program
+    --compare "K=V .."  the same with these keys besides; steps alternate, so that their ratio
+                      means something on a machine that does other work as well
+    --json FILE       writes all numbers
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see train.py
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from MaxDraft import compiled_flops, flops, pyconfig, sharding, traced_flops
+from MaxDraft.drafts import alignment, losses
+from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.input_pipeline.errors import DataError
+from MaxDraft.input_pipeline.packing import pack_rows
+from MaxDraft.layers import params as parameters
+from MaxDraft.layers.params import Tree
+from MaxDraft.pyconfig import Config, ConfigError
+from MaxDraft.sharding import ShardingError
+from MaxDraft.targets import plan, registry
+from MaxDraft.targets.dims import DecoderDims, TargetError
+from MaxDraft.targets.draft_shape import head_dims
+from MaxDraft.targets.table import decoder_params
+from MaxDraft.train_step import Frozen, Programs, TrainState, make_programs
+
+# What decides no shape and model files leave out where releases of a model differ.
+UNSAID = {
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1 << 20,
+    "query_pre_attn_scalar": 256,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+}
+
+# bfloat16 products of matrices, FLOP/s of one device (jax's device_kind: the vendor's data sheet).
+PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+# Mean tokens of a request and of a reply in ShareGPT (Kwon et al. 2023, figure 11); turns as in a
+# sample with about 3.5 exchanges.
+REQUEST, REPLY, EXCHANGES = 161, 338, 3.5
+
+
+@dataclasses.dataclass
+class Setting:
+    """One configuration, compiled."""
+
+    name: str
+    config: Config
+    target: DecoderDims
+    head: HeadDims
+    programs: Programs
+    table: Tree  # of the target's parameters
+    mesh: jax.sharding.Mesh
+    tokens: dict[str, np.ndarray]  # [A, B, T]
+    compiled: Any = None
+    said: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------- settings
+def open_setting(name: str, config: Config, tokens: str) -> Setting:
+    """Dimensions, mesh and programs of a configuration; nothing is compiled yet."""
+    fields = dict(config.target_config)
+    if not fields:
+        raise ConfigError(
+            f"model_name={config.model_name} has no target_config; name a model of "
+            f"configs/models/ that has one, or give target_config='{{model_type: ..., ...}}'"
+        )
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    target = registry.dims_from_config(UNSAID | _layer_kinds(fields) | fields)
+    head = head_dims(config, target)
+    capture = plan.check_capture(config.target_layer_ids, target.num_layers)
+    mesh = sharding.make_mesh(
+        config.mesh_axes,
+        [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
+        [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
+    )
+    rows = config.gradient_accumulation_steps, config.per_device_batch_size * mesh.size
+    make = whole_rows if tokens == "all" else conversations
+    return Setting(
+        name=name,
+        config=config,
+        target=target,
+        head=head,
+        programs=make_programs(config, target, head, capture, mesh, 1000),
+        table=decoder_params(target, capture, jnp.dtype(config.weight_dtype)),
+        mesh=mesh,
+        tokens=make(*rows, config.max_target_length, target.vocab_size),
+    )
+
+
+def _layer_kinds(fields: dict[str, Any]) -> dict[str, Any]:
+    """gpt-oss alternates; its model files do not say it again for every layer."""
+    if fields.get("model_type") != "gpt_oss":
+        return {}
+    kinds = ["sliding_attention", "full_attention"] * fields["num_hidden_layers"]
+    return {"layer_types": kinds[: fields["num_hidden_layers"]]}
+
+
+def whole_rows(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """One document in every row, the assistant's from its first token."""
+    ones = np.ones((A, B, T), np.int32)
+    return {
+        "tokens": np.random.default_rng(0).integers(0, vocab_size, ones.shape).astype(np.int32),
+        "segment_ids": ones,
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), ones.shape).copy(),
+        "turn_ids": ones,
+    }
+
+
+def conversations(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """Packed conversations, cut at T: requests and replies of exponential lengths, in turn."""
+    rng = np.random.default_rng(0)
+    many = max(2 * A * B * T // round(EXCHANGES * (REQUEST + REPLY)), 2000)
+    turns = []
+    for _ in range(many):
+        exchanges = rng.geometric(1 / EXCHANGES)
+        lengths = 1 + rng.exponential(np.tile([REQUEST - 1, REPLY - 1], exchanges)).astype(int)
+        numbers = np.stack([np.zeros(exchanges), 1 + np.arange(exchanges)], 1).ravel()
+        turns.append(np.repeat(numbers, lengths)[:T].astype(np.int32))
+    rows = pack_rows(np.array([len(turn) for turn in turns]), T, seed=0)
+    batch = {
+        name: np.zeros((A * B, T), np.int32) for name in ("segment_ids", "positions", "turn_ids")
+    }
+    for row in range(A * B):
+        at = 0
+        for number, document in enumerate(rows[row], 1):
+            turn = turns[document]
+            here = np.s_[row, at : at + len(turn)]
+            batch["segment_ids"][here], batch["turn_ids"][here] = number, turn
+            batch["positions"][here] = np.arange(len(turn))
+            at += len(turn)
+    batch["tokens"] = rng.integers(0, vocab_size, (A * B, T)).astype(np.int32)
+    return {name: x.reshape(A, B, T) for name, x in batch.items()}
+
+
+# ------------------------------------------------------------------------------------- what it does
+def compile_step(setting: Setting) -> tuple[TrainState, Frozen, dict[str, Any]]:
+    """Compiles the step from shapes alone; -> those shapes, of state, target and batch."""
+    everywhere = NamedSharding(setting.mesh, PartitionSpec())
+    placement = parameters.shardings(setting.table, setting.mesh, setting.config.logical_axis_rules)
+    D, V = setting.head.draft_vocab_size, setting.target.vocab_size
+    shapes = (
+        setting.programs.abstract_state,
+        Frozen(
+            parameters.abstract(setting.table, placement),
+            jax.ShapeDtypeStruct((D,), jnp.int32, sharding=everywhere),
+            jax.ShapeDtypeStruct((V,), jnp.bool_, sharding=everywhere),
+        ),
+        {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setting.programs.batch_sharding)
+            for name, x in setting.tokens.items()
+        },
+    )
+    start = time.perf_counter()
+    lowered = setting.programs.train.lower(*shapes)
+    setting.compiled = lowered.compile()
+    memory = setting.compiled.memory_analysis()
+    setting.said |= {
+        "compile_seconds": time.perf_counter() - start,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+    return shapes
+
+
+def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
+    """Counts tokens, rows and FLOPs of a step."""
+    config, mesh, batch = setting.config, setting.mesh, setting.tokens
+    aligned = alignment.aligned_rows(
+        *(
+            jnp.asarray(batch[name].reshape(-1, config.max_target_length))
+            for name in ("turn_ids", "segment_ids")
+        ),
+        config.ttt_length,
+        config.loss_alignment,
+    )
+    judged = np.asarray(aligned.any(0)).reshape(*batch["tokens"].shape)
+    # A device has its part of every micro-batch, and rounds its judged rows up to a block.
+    A, B, T = judged.shape
+    of_device = judged.reshape(A, mesh.size, -1).sum((0, 2))
+    block = min(config.rollout_block_size, A * B * T // mesh.size)
+    real = batch["segment_ids"] > 0
+    lengths = _document_lengths(batch["segment_ids"])
+    per_token = flops.per_token(
+        setting.target,
+        setting.head,
+        config.ttt_length,
+        float((lengths**2).sum() / lengths.sum()),  # a token's document, on average
+        float(judged.sum() / real.sum()),
+    )
+    parts = {name: float(value * real.sum()) for name, value in per_token.items()}
+    platform = mesh.devices.flat[0].platform
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    setting.said |= {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": dict(mesh.shape),
+        "positions": real.size,
+        "tokens": int(real.sum()),
+        "judged_rows": int(judged.sum()),
+        "computed_rows": int((-(-of_device // block) * block).sum()),
+        "model_flops": parts,
+        "traced_flops": traced_flops.count(setting.programs.train, *shapes, platform=platform),
+    }
+    if platform == "cpu":  # XLA's text is read as a CPU's has it
+        setting.said["compiled_flops"] = mesh.size * compiled_flops.count(
+            setting.compiled.as_text()
+        )
+
+
+def _document_lengths(segment_ids: np.ndarray) -> np.ndarray:
+    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
+    counts = [np.unique(row[row > 0], return_counts=True)[1] for row in rows]
+    return np.concatenate(counts).astype(np.float64)
+
+
+# -------------------------------------------------------------------------------------- how long
+class Running:
+    """A setting with weights on the devices, a step at a time."""
+
+    def __init__(self, setting: Setting, shapes: tuple[Any, ...]):
+        _, frozen, batch = shapes
+        self.setting = setting
+        places = jax.tree.map(lambda x: x.sharding, frozen.target)
+        draw = jax.jit(lambda: parameters.initialize(setting.table, 0), out_shardings=places)
+        D, everywhere = setting.head.draft_vocab_size, frozen.draft_to_target.sharding
+        self.frozen = Frozen(
+            draw(),
+            jax.device_put(np.arange(D, dtype=np.int32), everywhere),
+            jax.device_put(np.arange(setting.target.vocab_size) < D, everywhere),
+        )
+        self.batch = {
+            name: jax.device_put(x, batch[name].sharding) for name, x in setting.tokens.items()
+        }
+        self.state = setting.programs.initialize(None)
+
+    def step(self) -> float:
+        """One step -> seconds."""
+        start = time.perf_counter()
+        self.state, said = self.setting.compiled(self.state, self.frozen, self.batch)
+        jax.block_until_ready((self.state, said))
+        seconds = time.perf_counter() - start
+        assert bool(said["finite"]), "the step's numbers are not finite"
+        return seconds
+
+    def breakdown(self, repeats: int) -> dict[str, float]:
+        """Median seconds of the parts, each run alone as a program of its own."""
+        parts, state = self.setting.programs.parts, self.state
+        seen = parts.target(self.frozen, self.batch)
+        gradient, loss, _ = parts.draft(state.params, self.batch, seen, self.frozen)
+        times = {
+            "target": _median(lambda: parts.target(self.frozen, self.batch), repeats),
+            "rollout and loss": _median(
+                lambda: parts.draft(state.params, self.batch, seen, self.frozen), repeats
+            ),
+        }
+
+        def update():
+            self.state, said = parts.optimizer(self.state, gradient, loss)
+            return said
+
+        times["optimizer"] = _median(update, repeats)
+        times["loss"] = _median(*self._loss(), repeats)
+        times["rollout"] = times.pop("rollout and loss") - times["loss"]
+        return {name: times[name] for name in ("target", "rollout", "loss", "optimizer")}
+
+    def _loss(self) -> tuple[Callable, ...]:
+        """The loss alone, of as many rows as one device has, with its gradients."""
+        config, head = self.setting.config, self.setting.head
+        K, H, D = config.ttt_length, head.hidden_size, head.draft_vocab_size
+        said = self.setting.said
+        R = min(config.rollout_block_size, said["computed_rows"] // self.setting.mesh.size)
+        blocks = said["computed_rows"] // self.setting.mesh.size // R
+        dtype = jnp.dtype(config.dtype)
+
+        def of_block(i, carry):
+            hidden, weight, teacher, total = carry
+
+            def loss(hidden, weight):
+                logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
+                log_norm = jax.nn.logsumexp(logits, -1) + 1
+                judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
+                ids, weights = jnp.arange(D), jnp.full((K, R), 1.0 / R)
+                return losses.judged(hidden, weight, judge, ids, weights, config.loss)[0]
+
+            teacher_head = weight.astype(dtype)
+            d_hidden, d_weight = jax.grad(loss, (0, 1))(hidden, weight)
+            return hidden + 1e-3 * d_hidden, weight, teacher, total + d_weight
+
+        def run(hidden, weight, teacher):
+            carry = (hidden, weight, teacher, jnp.zeros_like(weight))
+            return jax.lax.fori_loop(0, blocks, of_block, carry)[3]
+
+        keys = jax.random.split(jax.random.key(0), 3)
+        hidden = jax.random.normal(keys[0], (K, R, H), dtype)
+        weight = jax.random.normal(keys[1], (H, D), jnp.float32) * H**-0.5
+        teacher = jax.random.normal(keys[2], (R + K - 1, H), dtype)
+        compiled = jax.jit(run)
+        return (lambda: compiled(hidden, weight, teacher),)
+
+
+def _median(function: Callable[[], Any], repeats: int) -> float:
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def matmul_peak(dtype: Any) -> float:
+    """FLOP/s that one device reaches in products of square matrices."""
+    size, count = (1024, 4) if jax.devices()[0].platform == "cpu" else (8192, 16)
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype) * size**-0.5
+
+    @jax.jit
+    def products(x):
+        return jax.lax.fori_loop(0, count, lambda _, y: jnp.matmul(y, x), x)
+
+    return count * 2 * size**3 / min(_median(lambda: products(x), 3) for _ in range(3))
+
+
+# ---------------------------------------------------------------------------------------- telling
+def table(setting: Setting) -> str:
+    """What was measured, for people."""
+    said = setting.said
+    model = sum(said["model_flops"].values())
+    lines = [
+        f"{setting.name}",
+        f"  devices          {said['devices']}, "
+        + ", ".join(f"{axis} {size}" for axis, size in said["mesh"].items()),
+        f"  tokens           {said['tokens']:,} of {said['positions']:,} positions "
+        f"({said['tokens'] / said['positions']:.1%})",
+        f"  rows             {said['judged_rows']:,} judged, {said['computed_rows']:,} computed "
+        f"({said['computed_rows'] / max(said['judged_rows'], 1):.3f} x)",
+        f"  compile          {said['compile_seconds']:.1f} s",
+        f"  bytes            {said['temporary_bytes'] / 2**20:,.0f} MiB temporary, "
+        f"{said['argument_bytes'] / 2**20:,.0f} MiB arguments, a device",
+        f"  model FLOPs      {model / 1e9:,.1f} GFLOP a step",
+    ]
+    lines += [
+        f"    {name:<19}{value / 1e9:>12,.2f}  {value / model:6.1%}"
+        for name, value in said["model_flops"].items()
+    ]
+    lines.append(
+        f"  traced FLOPs     {said['traced_flops'] / 1e9:,.1f} GFLOP, "
+        f"{said['traced_flops'] / model:.3f} x the model's"
+    )
+    if "compiled_flops" in said:
+        lines.append(
+            f"  compiled FLOPs   {said['compiled_flops'] / 1e9:,.1f} GFLOP on all devices, "
+            f"{said['compiled_flops'] / model:.3f} x the model's"
+        )
+    if "step_seconds" in said:
+        low, median, high = said["step_seconds"]
+        lines.append(
+            f"  step             {median:.3f} s median, quartiles {low:.3f} to {high:.3f}, "
+            f"{said['tokens_per_second_per_device']:,.0f} tokens/s/device"
+        )
+        lines.append(
+            f"  MFU              {said['mfu_of_measured']:.1%} of {said['matmul_peak'] / 1e12:.3g} "
+            f"TFLOP/s that a product reaches"
+            + (f", {said['mfu']:.1%} of the data sheet" if "mfu" in said else "")
+        )
+        whole = sum(said["breakdown"].values())
+        lines += [
+            f"    {name:<19}{seconds:>10.3f} s  {seconds / whole:6.1%}"
+            for name, seconds in said["breakdown"].items()
+        ]
+    return "\n".join(lines)
+
+
+def measure(settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int) -> list[float]:
+    """Times the settings' steps in turn; -> seconds of each pair's second by its first."""
+    running = [Running(*pair) for pair in zip(settings, shapes, strict=True)]
+    for one in running:
+        one.step()
+    times = np.array([[one.step() for one in running] for _ in range(steps)])
+    peak = matmul_peak(jnp.dtype(settings[0].config.dtype))
+    for one, seconds in zip(running, times.T, strict=True):
+        said = one.setting.said
+        median = float(np.median(seconds))
+        rate = sum(said["model_flops"].values()) / median / one.setting.mesh.size
+        said |= {
+            "step_seconds": [float(x) for x in np.quantile(seconds, (0.25, 0.5, 0.75))],
+            "tokens_per_second_per_device": said["tokens"] / median / one.setting.mesh.size,
+            "matmul_peak": peak,
+            "mfu_of_measured": rate / peak,
+            "breakdown": one.breakdown(max(3, steps // 2)),
+        }
+        kind = one.setting.mesh.devices.flat[0].device_kind
+        if kind in PEAK:
+            said["mfu"] = rate / PEAK[kind]
+    return (times[:, -1] / times[:, 0]).tolist()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmark.py", allow_abbrev=False)
+    parser.add_argument("--tokens", choices=("all", "chats"), default="all")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--compile_only", action="store_true")
+    parser.add_argument("--compare", default="")
+    parser.add_argument("--json", default="")
+    flags, keys = parser.parse_known_args(argv[1:])
+    variants = [keys]
+    if flags.compare:
+        others = flags.compare.split()
+        replaced = {other.split("=")[0] for other in others}
+        variants.append([*(k for k in keys if k.split("=")[0] not in replaced), *others])
+    settings = [
+        open_setting(
+            " ".join(variant[1:]) or "defaults",
+            pyconfig.initialize([argv[0], *variant]),
+            flags.tokens,
+        )
+        for variant in variants
+    ]
+    shapes = []
+    for setting in settings:
+        shapes.append(compile_step(setting))
+        describe(setting, shapes[-1])
+    ratios = [] if flags.compile_only else measure(settings, shapes, flags.steps)
+    print("\n\n".join(table(setting) for setting in settings), flush=True)
+    if len(settings) > 1 and ratios:
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(f"\nsecond / first: {median:.3f} median of pairs, quartiles {low:.3f} to {high:.3f}")
+    if flags.json:
+        result = [{"setting": setting.name} | setting.said for setting in settings]
+        Path(flags.json).write_text(json.dumps({"settings": result, "ratios": ratios}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv))
+    except (ConfigError, DataError, ShardingError, TargetError) as error:
+        sys.exit(f"\nerror: {error}")
