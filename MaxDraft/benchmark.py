@@ -308,23 +308,26 @@ class Running:
         blocks = said["computed_rows"] // self.setting.mesh.size // R
         dtype = jnp.dtype(config.dtype)
 
-        def of_block(i, carry):
-            hidden, weight, teacher, total = carry
-
-            def loss(hidden, weight):
-                logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
-                log_norm = jax.nn.logsumexp(logits, -1) + 1
-                judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
-                ids, weights = jnp.arange(D), jnp.full((K, R), 1.0 / R)
-                return losses.judged(hidden, weight, judge, ids, weights, config.loss)[0]
-
-            teacher_head = weight.astype(dtype)
-            d_hidden, d_weight = jax.grad(loss, (0, 1))(hidden, weight)
-            return hidden + 1e-3 * d_hidden, weight, teacher, total + d_weight
-
         def run(hidden, weight, teacher):
-            carry = (hidden, weight, teacher, jnp.zeros_like(weight))
-            return jax.lax.fori_loop(0, blocks, of_block, carry)[3]
+            teacher_head = weight.astype(dtype)
+
+            def of_block(_, carry):
+                hidden, d_weight = carry
+
+                def loss(hidden):
+                    logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
+                    log_norm = jax.nn.logsumexp(logits, -1) + 1
+                    judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
+                    ids, weights = jnp.arange(D), jnp.full((K, R), 1.0 / R)
+                    total, _, new = losses.judged(
+                        hidden, weight, d_weight, judge, ids, weights, config.loss
+                    )
+                    return total, new
+
+                d_hidden, d_weight = jax.grad(loss, has_aux=True)(hidden)
+                return hidden + 1e-3 * d_hidden, d_weight
+
+            return jax.lax.fori_loop(0, blocks, of_block, (hidden, jnp.zeros_like(weight)))
 
         keys = jax.random.split(jax.random.key(0), 3)
         hidden = jax.random.normal(keys[0], (K, R, H), dtype)

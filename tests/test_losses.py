@@ -239,17 +239,23 @@ def judged_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
 
 
 def judged_by_code(given, loss):
-    def total(hidden, lm_head):
+    def total(hidden):
         judge = losses.Judge.of(
             *(jnp.asarray(given[name], jnp.float32) for name in ("logits", "log_norm")),
             jnp.asarray(given["best"], jnp.int32),
         )
         ids = jnp.arange(0, 2 * lm_head.shape[1], 2)
         weights = jnp.asarray(given["weights"], jnp.float32)
-        return losses.judged(hidden, lm_head, judge, ids, weights, loss)
+        so_far = jnp.ones_like(lm_head)
+        total, *rest = losses.judged(hidden, lm_head, so_far, judge, ids, weights, loss)
+        return total, rest
 
-    arrays = (jnp.asarray(given[name], jnp.float32) for name in ("hidden", "lm_head"))
-    return jax.value_and_grad(total, (0, 1), has_aux=True)(*arrays)
+    hidden, lm_head = (jnp.asarray(given[name], jnp.float32) for name in ("hidden", "lm_head"))
+    (value, (rows, d_head)), d_hidden = jax.value_and_grad(total, has_aux=True)(hidden)
+    undifferentiated = total(hidden)
+    np.testing.assert_array_equal(undifferentiated[0], value)
+    np.testing.assert_array_equal(undifferentiated[1][1], 1.0)  # d_head as it came
+    return (value, rows), (d_hidden, d_head - 1)
 
 
 def judged_plainly(given, loss, stopped=None):

@@ -67,36 +67,43 @@ class RowResults:
     alpha: jax.Array  # sum_v min(p_full(v), q(v)), p over all V tokens
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def judged(
     hidden: jax.Array,  # [K, R, H] what the LM head is multiplied with
     lm_head: jax.Array,  # float32 [H, D]
+    d_head: jax.Array | None,  # float32 [H, D]; None where nothing is differentiated
     judge: Judge,
     draft_to_target: jax.Array,  # int32 [D]
     weights: jax.Array,  # float32 [K, R]: what each row's loss counts in the total
     loss: str,
-) -> tuple[jax.Array, RowResults]:
-    """-> (sum of weights * loss, with gradients to hidden and lm_head; each row's results)."""
-    return _all_steps(hidden, lm_head, judge, draft_to_target, weights, loss, gradient=False)[:2]
+) -> tuple[jax.Array, RowResults, jax.Array | None]:
+    """-> (sum of weights * loss; each row's results; d_head).
 
-
-def _judged_forward(hidden, lm_head, judge, draft_to_target, weights, loss):
-    total, rows, *gradients = _all_steps(
-        hidden, lm_head, judge, draft_to_target, weights, loss, gradient=True
+    The sum has its gradient to hidden. Where that is asked for, d_head comes back with the sum's
+    gradient to lm_head added, which autodiff is not told of: no array of its size is made.
+    """
+    total, rows, _, d_head = _all_steps(
+        hidden, lm_head, d_head, judge, draft_to_target, weights, loss, gradient=False
     )
-    return (total, rows), gradients
+    return total, rows, d_head
 
 
-def _judged_backward(_, gradients, d):
-    d_total, _ = d
-    return *(d_total.astype(x.dtype) * x for x in gradients), None, None, None
+def _judged_forward(hidden, lm_head, d_head, judge, draft_to_target, weights, loss):
+    total, rows, d_hidden, d_head = _all_steps(
+        hidden, lm_head, d_head, judge, draft_to_target, weights, loss, gradient=True
+    )
+    return (total, rows, d_head), d_hidden
+
+
+def _judged_backward(_, d_hidden, cotangents):
+    return cotangents[0].astype(d_hidden.dtype) * d_hidden, None, None, None, None, None
 
 
 judged.defvjp(_judged_forward, _judged_backward)
 
 
-def _all_steps(hidden, lm_head, judge, draft_to_target, weights, loss, *, gradient: bool):
-    """-> total, RowResults, and gradients to hidden and lm_head, or nothing for them."""
+def _all_steps(hidden, lm_head, d_head, judge, draft_to_target, weights, loss, *, gradient: bool):
+    """-> total, RowResults, gradient to hidden or None, d_head."""
     weight = lm_head.astype(hidden.dtype)
     steps, rows = hidden.shape[:2]
 
@@ -124,7 +131,6 @@ def _all_steps(hidden, lm_head, judge, draft_to_target, weights, loss, *, gradie
         d_head += jnp.einsum("rh,rd->hd", state, d_z, preferred_element_type=jnp.float32)
         return d_head, (result, d_state)
 
-    d_head = jnp.zeros(lm_head.shape, jnp.float32) if gradient else None
     given = (jnp.arange(steps), hidden, weights)
     d_head, (results, d_hidden) = jax.lax.scan(step, d_head, given)
     total = jnp.where(weights > 0, weights * results.loss, 0.0).sum()

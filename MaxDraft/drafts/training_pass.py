@@ -60,8 +60,8 @@ def judge_rows(
 
     def of_block(i, results):
         rows = blocks.rows(i)
-        given = (_at(state, rows), None, keys, tokens, judgement)
-        found = _block(params, *given, blocks, i, dims, how)[1]
+        given = (keys, tokens, judgement, blocks, i, dims, how)
+        _, (found, _), _ = _block(params, _at(state, rows), None, None, *given)
         return _put(results, rows, found)
 
     return blocks.over(of_block, _nothing(judgement.aligned))
@@ -76,22 +76,23 @@ def loss_and_gradient(
     blocks = _Blocks.of(judgement.aligned, how)
 
     def of_block(i, carry):
-        loss, gradient, d_state, d_keys, results = carry
+        loss, gradient, d_head, d_state, d_keys, results = carry
         rows = blocks.rows(i)
 
-        def block(params, state, gradients):
+        def block(params, state, d_keys):
             given = (keys, tokens, judgement, blocks, i, dims, how)
-            loss, found, gradients = _block(params, state, gradients, *given)
-            return (loss, gradients), found
+            loss, aux, d_keys = _block(params, state, d_keys, d_head, *given)
+            return (loss, d_keys), aux
 
-        (added, _), block_pull_back, found = jax.vjp(
+        (added, _), block_pull_back, (found, d_head) = jax.vjp(
             block, params, _at(state, rows), d_keys, has_aux=True
         )
         # The keys' gradient is handed through the block, which adds its own.
         d_params, d_rows, d_keys = block_pull_back((jnp.ones_like(added), d_keys))
         return (
             loss + added,
-            jax.tree.map(jnp.add, gradient, d_params),
+            _add_layer(gradient, d_params),
+            d_head,
             d_state.at[_place(rows, state)].set(d_rows, mode="drop"),
             d_keys,
             _put(results, rows, found),
@@ -99,18 +100,25 @@ def loss_and_gradient(
 
     # Blocks' gradients are added up in float32.
     zeros = jax.tree.map(jnp.zeros_like, params)
+    d_head, layer = zeros["lm_head"], {**zeros, "lm_head": None}
     results = _nothing(judgement.aligned)
-    carry = (jnp.float32(0), zeros, jnp.zeros_like(state), keys.zeros(), results)
-    loss, gradient, d_state, d_keys, results = blocks.over(of_block, carry)
+    carry = (jnp.float32(0), layer, d_head, jnp.zeros_like(state), keys.zeros(), results)
+    loss, layer, d_head, d_state, d_keys, results = blocks.over(of_block, carry)
     d_k, d_v = (x.astype(k.dtype) for x in d_keys.arrays(len(state)))
     [d_params] = pull_back((d_state, d_k, d_v))
-    return loss, jax.tree.map(jnp.add, gradient, d_params), results
+    return loss, {**_add_layer(layer, d_params), "lm_head": d_head}, results
+
+
+def _add_layer(total: Tree, gradient: Tree) -> Tree:
+    """Of all parameters but the LM head, whose gradient the loss makes itself."""
+    return jax.tree.map(jnp.add, total, {**gradient, "lm_head": None})
 
 
 def _block(
     params: Tree,
     state: jax.Array,  # [R, H]
-    gradients: Keys | None,  # see row_attention
+    d_keys: Keys | None,  # so far, see row_attention
+    d_head: jax.Array | None,  # so far, see losses.judged
     keys: Keys,
     tokens: Tokens,
     judgement: Judgement,
@@ -118,11 +126,11 @@ def _block(
     i: jax.Array,
     dims: HeadDims,
     how: PassDims,
-) -> tuple[jax.Array, RowResults, Keys | None]:
-    """Loss of a block of rows, their results [K, R], gradients."""
+) -> tuple[jax.Array, tuple[RowResults, jax.Array | None], Keys | None]:
+    """Loss of a block of rows, their results [K, R], d_head, d_keys."""
     rows = blocks.rows(i)
-    states, gradients = rollout(
-        params, dims, state, keys, gradients, tokens, rows, how.ttt_length, how.remat
+    states, d_keys = rollout(
+        params, dims, state, keys, d_keys, tokens, rows, how.ttt_length, how.remat
     )
     # Row i is judged at step 0 by the teacher at position i + 1.
     teacher = jax.tree.map(lambda x: _at(x, blocks.rows(i, behind=True) + 1), judgement.teacher)
@@ -132,15 +140,16 @@ def _block(
         preferred_element_type=jnp.float32,
     )
     judge = Judge.of(soft_cap(logits, how.softcap), teacher.log_norm, teacher.best)
-    loss, results = judged(
+    loss, results, d_head = judged(
         eagle3.head_input(params, dims, states),
         params["lm_head"],
+        d_head,
         judge,
         judgement.draft_to_target,
         jnp.where(rows >= 0, judgement.weights[:, rows], 0.0),
         how.loss,
     )
-    return loss, results, gradients
+    return loss, (results, d_head), d_keys
 
 
 @jax.tree_util.register_dataclass

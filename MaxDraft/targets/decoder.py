@@ -127,15 +127,14 @@ def features(
     return embeddings, aux, last
 
 
-def head_weight(params: Tree) -> jax.Array:
-    """LM head [H, V]."""
-    return params["head"] if "head" in params else params["embed"].T
-
-
 def logits(params: Tree, dims: DecoderDims, last: jax.Array) -> jax.Array:
     """Final state [..., H] -> float32 logits [..., V]."""
-    weight = head_weight(params).astype(last.dtype)
-    scores = jnp.matmul(last, weight, preferred_element_type=jnp.float32)
+    if "head" in params:
+        equation, weight = "...h,hv->...v", params["head"]
+    else:  # tied; the table is not turned around in memory
+        equation, weight = "...h,vh->...v", params["embed"]
+    weight = weight.astype(last.dtype)
+    scores = jnp.einsum(equation, last, weight, preferred_element_type=jnp.float32)
     return soft_cap(scores, dims.logit_softcap)
 
 
