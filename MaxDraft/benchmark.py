@@ -173,13 +173,12 @@ def compile_step(setting: Setting) -> tuple[TrainState, Frozen, dict[str, Any]]:
     """Compiles the step from shapes alone; -> those shapes, of state, target and batch."""
     everywhere = NamedSharding(setting.mesh, PartitionSpec())
     placement = parameters.shardings(setting.table, setting.mesh, setting.config.logical_axis_rules)
-    D, V = setting.head.draft_vocab_size, setting.target.vocab_size
+    D = setting.head.draft_vocab_size
     shapes = (
         setting.programs.abstract_state,
         Frozen(
             parameters.abstract(setting.table, placement),
             jax.ShapeDtypeStruct((D,), jnp.int32, sharding=everywhere),
-            jax.ShapeDtypeStruct((V,), jnp.bool_, sharding=everywhere),
         ),
         {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setting.programs.batch_sharding)
@@ -262,7 +261,6 @@ class Running:
         self.frozen = Frozen(
             draw(),
             jax.device_put(np.arange(D, dtype=np.int32), everywhere),
-            jax.device_put(np.arange(setting.target.vocab_size) < D, everywhere),
         )
         self.batch = {
             name: jax.device_put(x, batch[name].sharding) for name, x in setting.tokens.items()
@@ -318,9 +316,9 @@ class Running:
                     logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
                     log_norm = jax.nn.logsumexp(logits, -1) + 1
                     judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
-                    ids, weights = jnp.arange(D), jnp.full((K, R), 1.0 / R)
+                    weights = jnp.full((K, R), 1.0 / R)
                     total, _, new = losses.judged(
-                        hidden, weight, d_weight, judge, ids, weights, config.loss
+                        hidden, weight, d_weight, judge, weights, config.loss
                     )
                     return total, new
 

@@ -46,7 +46,6 @@ class Frozen:
 
     target: Tree
     draft_to_target: jax.Array  # int32 [D]
-    in_vocabulary: jax.Array  # bool [V]
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +54,7 @@ class DraftFrozen:
     """What of it judges the draft, whole on every device."""
 
     teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
-    draft_to_target: jax.Array
-    in_vocabulary: jax.Array
+    target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -226,7 +224,7 @@ def make_programs(
         tokens = Tokens.of(seen.embeddings, seen.features, batch["positions"], batch["segment_ids"])
         aligned = aligned_rows(batch)
         counted = aligned & losses.teacher_in_vocabulary(
-            seen.teacher.best, frozen.in_vocabulary, config.ttt_length
+            seen.teacher.best, frozen.target_to_draft >= 0, config.ttt_length
         )
         aligned, counted = (x.reshape(len(x), -1) for x in (aligned, counted))
         if config.loss_denominator == "specforge":
@@ -238,7 +236,7 @@ def make_programs(
         )
         teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
         judgement = Judgement(
-            teacher, frozen.teacher_head, frozen.draft_to_target, aligned, weights
+            teacher, frozen.teacher_head, frozen.target_to_draft, aligned, weights
         )
         return tokens, judgement, counted
 
@@ -272,8 +270,10 @@ def make_programs(
         return jax.lax.psum(metrics.sums(results, judgement.aligned, counted), mesh.axis_names)
 
     def for_the_draft(frozen: Frozen) -> DraftFrozen:
-        head = decoder.draft_head_weight(frozen.target, frozen.draft_to_target)
-        return DraftFrozen(head, frozen.draft_to_target, frozen.in_vocabulary)
+        ids = frozen.draft_to_target
+        places = jnp.full(target_dims.vocab_size, -1, jnp.int32)
+        places = places.at[ids].set(jnp.arange(len(ids), dtype=jnp.int32))
+        return DraftFrozen(decoder.draft_head_weight(frozen.target, ids), places)
 
     def seen_by_target(frozen: Frozen, batch: Batch) -> Seen:
         return jax.lax.map(lambda micro: observe(frozen, micro), batch)

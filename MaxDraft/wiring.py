@@ -292,7 +292,6 @@ def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
     return Frozen(
         target=target_checkpoint.load_target(target.path, table, placement),
         draft_to_target=replicate(vocabulary.draft_to_target.astype(np.int32)),
-        in_vocabulary=replicate(vocabulary.t2d),
     )
 
 

@@ -102,7 +102,7 @@ def _compiled(dims, how, vocab_block, decay, gradients, every_row):
         judgement = Judgement(
             teacher=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher),
             teacher_head=decoder.draft_head_weight(target, draft_ids),
-            draft_to_target=draft_ids,
+            target_to_draft=jnp.full(len(inside), -1).at[draft_ids].set(jnp.arange(len(draft_ids))),
             aligned=aligned.reshape(len(aligned), -1) | every_row,
             weights=weights.reshape(len(weights), -1),
         )

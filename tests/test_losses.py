@@ -233,7 +233,7 @@ def judged_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
         "lm_head": rng.normal(size=(width, vocabulary)),
         "logits": logits,
         "log_norm": full,
-        "best": rng.integers(0, 2 * vocabulary, behind),
+        "best": rng.integers(-1, vocabulary, behind),
         "weights": rng.random((steps, rows)) * (rng.random((steps, rows)) < 0.8),
     }
 
@@ -244,10 +244,9 @@ def judged_by_code(given, loss):
             *(jnp.asarray(given[name], jnp.float32) for name in ("logits", "log_norm")),
             jnp.asarray(given["best"], jnp.int32),
         )
-        ids = jnp.arange(0, 2 * lm_head.shape[1], 2)
         weights = jnp.asarray(given["weights"], jnp.float32)
         so_far = jnp.ones_like(lm_head)
-        total, *rest = losses.judged(hidden, lm_head, so_far, judge, ids, weights, loss)
+        total, *rest = losses.judged(hidden, lm_head, so_far, judge, weights, loss)
         return total, rest
 
     hidden, lm_head = (jnp.asarray(given[name], jnp.float32) for name in ("hidden", "lm_head"))
@@ -284,11 +283,16 @@ def judged_plainly(given, loss, stopped=None):
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
     given = judged_problem()
+    given["best"][:3] = (given["hidden"][0, :3] @ given["lm_head"]).argmax(-1)
     (total, rows), gradients = judged_by_code(given, loss)
     expected, values, alphas = judged_plainly(given, loss)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(rows.loss, values, rtol=1e-5)
     np.testing.assert_allclose(rows.alpha, alphas, rtol=1e-5)
+    guesses = (given["hidden"] @ given["lm_head"]).argmax(-1)
+    best = np.stack([given["best"][k : k + len(guesses[k])] for k in range(len(guesses))])
+    np.testing.assert_array_equal(rows.correct, guesses == best)
+    assert 0 < np.asarray(rows.correct).sum() < rows.correct.size
     rng = np.random.default_rng(1)
     for name, gradient in zip(("hidden", "lm_head"), gradients, strict=True):
         for _ in range(4):

@@ -79,7 +79,6 @@ def step_on(layout, devices=8):
     frozen = Frozen(
         jax.device_put(target, parameters.shardings(TABLES[1], mesh, RULES)),
         jnp.asarray(draft_ids),
-        jnp.arange(V) % 2 == 0,
     )
     batch = {name: x[None] for name, x in batch_of_two_documents_a_row().items()}
     batch = jax.device_put(batch, built.batch_sharding)

@@ -48,7 +48,7 @@ class Judge:
 
     p: jax.Array  # float32 [R + K - 1, D], renormalised
     inside: jax.Array  # float32 [R + K - 1], the share of all probability that the D tokens have
-    best: jax.Array  # int32 [R + K - 1], argmax over all V tokens
+    best: jax.Array  # int32 [R + K - 1], place among them of the argmax over all V tokens, or -1
 
     @classmethod
     def of(cls, logits: jax.Array, log_norm: jax.Array, best: jax.Array) -> Judge:
@@ -63,17 +63,16 @@ class RowResults:
     """Per step and row; float32 or bool [K, R]. Rows without a teacher hold garbage."""
 
     loss: jax.Array
-    correct: jax.Array  # bool: the head's argmax is the target's full-vocabulary argmax
+    correct: jax.Array  # bool: the target's full-vocabulary argmax has the head's greatest logit
     alpha: jax.Array  # sum_v min(p_full(v), q(v)), p over all V tokens
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def judged(
     hidden: jax.Array,  # [K, R, H] what the LM head is multiplied with
     lm_head: jax.Array,  # float32 [H, D]
     d_head: jax.Array | None,  # float32 [H, D]; None where nothing is differentiated
     judge: Judge,
-    draft_to_target: jax.Array,  # int32 [D]
     weights: jax.Array,  # float32 [K, R]: what each row's loss counts in the total
     loss: str,
 ) -> tuple[jax.Array, RowResults, jax.Array | None]:
@@ -83,26 +82,26 @@ def judged(
     gradient to lm_head added, which autodiff is not told of: no array of its size is made.
     """
     total, rows, _, d_head = _all_steps(
-        hidden, lm_head, d_head, judge, draft_to_target, weights, loss, gradient=False
+        hidden, lm_head, d_head, judge, weights, loss, gradient=False
     )
     return total, rows, d_head
 
 
-def _judged_forward(hidden, lm_head, d_head, judge, draft_to_target, weights, loss):
+def _judged_forward(hidden, lm_head, d_head, judge, weights, loss):
     total, rows, d_hidden, d_head = _all_steps(
-        hidden, lm_head, d_head, judge, draft_to_target, weights, loss, gradient=True
+        hidden, lm_head, d_head, judge, weights, loss, gradient=True
     )
     return (total, rows, d_head), d_hidden
 
 
 def _judged_backward(_, d_hidden, cotangents):
-    return cotangents[0].astype(d_hidden.dtype) * d_hidden, None, None, None, None, None
+    return cotangents[0].astype(d_hidden.dtype) * d_hidden, None, None, None, None
 
 
 judged.defvjp(_judged_forward, _judged_backward)
 
 
-def _all_steps(hidden, lm_head, d_head, judge, draft_to_target, weights, loss, *, gradient: bool):
+def _all_steps(hidden, lm_head, d_head, judge, weights, loss, *, gradient: bool):
     """-> total, RowResults, gradient to hidden or None, d_head."""
     weight = lm_head.astype(hidden.dtype)
     steps, rows = hidden.shape[:2]
@@ -113,12 +112,15 @@ def _all_steps(hidden, lm_head, d_head, judge, draft_to_target, weights, loss, *
             jax.lax.dynamic_slice_in_dim(x, k, rows) for x in (judge.p, judge.inside, judge.best)
         )
         z = jnp.matmul(state, weight, preferred_element_type=jnp.float32)
-        log_sum = jax.nn.logsumexp(z, -1)
-        q = jnp.exp(z - log_sum[:, None])
+        most = z.max(-1)
+        exponentials = jnp.exp(z - most[:, None])
+        total = exponentials.sum(-1)
+        q, log_sum = exponentials / total[:, None], most + jnp.log(total)
+        of_best = jnp.take_along_axis(z, jnp.maximum(best, 0)[:, None], axis=1)[:, 0]
         p_full = p * inside[:, None]
         alpha = jnp.minimum(p_full, q).sum(-1)
         value, towards_p, towards_alpha = _value(loss, log_sum - (p * z).sum(-1), alpha)
-        result = RowResults(value, draft_to_target[jnp.argmax(z, -1)] == best, alpha)
+        result = RowResults(value, (best >= 0) & (of_best >= most), alpha)
         if not gradient:
             return d_head, (result, None)
         d_z = (row_weights * towards_p)[:, None] * (q - p)

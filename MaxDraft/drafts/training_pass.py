@@ -45,7 +45,7 @@ class Judgement:
 
     teacher: Teacher  # [L, ...]
     teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
-    draft_to_target: jax.Array  # int32 [D]
+    target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
     aligned: jax.Array  # bool [K, L] rows that are judged
     weights: jax.Array  # float32 [K, L] what the loss of each counts in the total, 0: nothing
 
@@ -139,13 +139,13 @@ def _block(
         judgement.teacher_head.astype(teacher.last.dtype),
         preferred_element_type=jnp.float32,
     )
-    judge = Judge.of(soft_cap(logits, how.softcap), teacher.log_norm, teacher.best)
+    best = judgement.target_to_draft[teacher.best]
+    judge = Judge.of(soft_cap(logits, how.softcap), teacher.log_norm, best)
     loss, results, d_head = judged(
         eagle3.head_input(params, dims, states),
         params["lm_head"],
         d_head,
         judge,
-        judgement.draft_to_target,
         jnp.where(rows >= 0, judgement.weights[:, rows], 0.0),
         how.loss,
     )

@@ -159,8 +159,9 @@ class _Walk:
     """A block of queries over the blocks of keys that it sees."""
 
     keys: Keys
-    first: jax.Array  # int [B, b]
-    last: jax.Array  # int [B, b]
+    first: jax.Array  # int [B, r]
+    last: jax.Array  # int [B, r]
+    rows: int  # b, in r once for each head of a group
     scoring: Scoring
 
     def over(self, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
@@ -172,7 +173,7 @@ class _Walk:
         size, length = self.keys.block, self.keys.k.shape[2]
         usual = (-(-self.keys.reach // size) + 1) / 2
         if self.scoring.window:  # b rows see b + window - 1 keys
-            usual = min(usual, 1 + (self.first.shape[1] + self.scoring.window - 2) / size)
+            usual = min(usual, 1 + (self.rows + self.scoring.window - 2) / size)
         if self.scoring.chunk:
             usual = min(usual, (-(-self.scoring.chunk // size) + 1) / 2)
         some = self.last >= self.first
@@ -190,12 +191,11 @@ class _Walk:
         return self.keys.k.shape[-1] ** -0.5 if given is None else given
 
     def scores(self, q: jax.Array, j: jax.Array) -> jax.Array:
-        """float32 [B, M, G, b, c], MASKED where a row does not see a key; q [B, M, G, b, d]."""
-        k = self.block(self.keys.k, j)
-        scores = _product("bmgqd,bmkd->bmgqk", q, k) * self.scale()
-        key = j * self.keys.block + jnp.arange(self.keys.block, dtype=jnp.int32)
-        visible = (key >= self.first[..., None]) & (key <= self.last[..., None])
-        return jnp.where(visible[:, None, None], soft_cap(scores, self.scoring.softcap), MASKED)
+        """float32 [B, M, c, r], MASKED where a row does not see a key; q [B, M, d, r]."""
+        scores = _product("bmkd,bmdr->bmkr", self.block(self.keys.k, j), q) * self.scale()
+        key = j * self.keys.block + jnp.arange(self.keys.block, dtype=jnp.int32)[:, None]
+        visible = (key >= self.first[:, None]) & (key <= self.last[:, None])
+        return jnp.where(visible[:, None], soft_cap(scores, self.scoring.softcap), MASKED)
 
 
 def _forward(q, keys, first, last, scoring):
@@ -203,27 +203,27 @@ def _forward(q, keys, first, last, scoring):
 
     def of_queries(_, given):
         q, first, last = given
-        walk = _Walk(keys, first, last, scoring)
+        walk = _Walk(keys, first, last, queries.size, scoring)
 
         def add_keys(j, carry):
             most, total, out = carry
             scores = walk.scores(q, j)
-            new = jnp.maximum(most, scores.max(-1))
-            weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+            new = jnp.maximum(most, scores.max(2, keepdims=True))
+            weights, shrink = jnp.exp(scores - new), jnp.exp(most - new)
             values = walk.block(keys.v, j)
-            added = _product("bmgqk,bmkd->bmgqd", weights.astype(values.dtype), values)
-            return new, total * shrink + weights.sum(-1), out * shrink[..., None] + added
+            added = _product("bmkd,bmkr->bmdr", values, weights.astype(values.dtype))
+            return new, total * shrink + weights.sum(2, keepdims=True), out * shrink + added
 
-        shape = q.shape[:-1]
+        shape = (*q.shape[:2], 1, q.shape[3])
         nothing = jnp.full(shape, _NOTHING, jnp.float32)
-        zeros = jnp.zeros((*shape, keys.v.shape[-1]), jnp.float32)
-        most, total, out = walk.over(add_keys, (nothing, jnp.zeros(shape, jnp.float32), zeros))
+        out = jnp.zeros((*q.shape[:2], keys.v.shape[-1], q.shape[3]), jnp.float32)
+        most, total, out = walk.over(add_keys, (nothing, jnp.zeros(shape, jnp.float32), out))
         some = jnp.maximum(total, 1e-37)  # nothing is seen: out 0, log_sum far below any score
-        return None, ((out / some[..., None]).astype(keys.v.dtype), most + jnp.log(some))
+        return None, ((out / some).astype(keys.v.dtype), most + jnp.log(some))
 
     given = (queries.split(q), queries.split_rows(first, 0), queries.split_rows(last, -1))
     _, (out, log_sum) = jax.lax.scan(of_queries, None, given)
-    return queries.merge(out), queries.merge(log_sum)
+    return queries.merge(out), queries.merge(log_sum)[..., 0]
 
 
 def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys):
@@ -237,19 +237,19 @@ def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys
 
     def of_queries(total, given):
         q, first, last, d_out, log_sum, offset = given
-        walk = _Walk(keys, first, last, PLAIN)
+        walk = _Walk(keys, first, last, queries.size, PLAIN)
 
         def add_keys(j, carry):
             d_q, total = carry
             weights = jnp.exp(walk.scores(q, j) - log_sum)
-            d_weights = _product("bmgqd,bmkd->bmgqk", d_out, walk.block(keys.v, j))
+            d_weights = _product("bmkd,bmdr->bmkr", walk.block(keys.v, j), d_out)
             d_scores = (weights * (d_weights - offset) * walk.scale()).astype(q.dtype)
 
             def add(sums, rows, values):
-                added = walk.block(sums, j) + _product("bmgqk,bmgqd->bmkd", rows, values)
+                added = walk.block(sums, j) + _product("bmkr,bmdr->bmkd", rows, values)
                 return jax.lax.dynamic_update_slice_in_dim(sums, added, j * keys.block, axis=2)
 
-            d_q += _product("bmgqk,bmkd->bmgqd", d_scores, walk.block(keys.k, j))
+            d_q += _product("bmkd,bmkr->bmdr", walk.block(keys.k, j), d_scores)
             d_k, d_v = add(total.k, d_scores, q), add(total.v, weights.astype(d_out.dtype), d_out)
             return d_q, dataclasses.replace(total, k=d_k, v=d_v)
 
@@ -270,31 +270,39 @@ def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys
 
 @dataclasses.dataclass(frozen=True)
 class _Queries:
-    """[B, R, N, ...] <-> blocks [I, B, M, G, b, ...] of rows, padded with rows that see nothing."""
+    """[B, R, N, d] <-> blocks [I, B, M, d, r]: b rows times the G heads that share a key, r = G b.
+
+    Rows lie along the last axis, in scores [keys, rows] too: then all products but small ones read
+    memory as it lies. Rows that see nothing fill the last block.
+    """
 
     rows: int  # R
     kv_heads: int  # M
+    group: int  # G
     size: int  # b
 
     @classmethod
     def of(cls, q: jax.Array, keys: Keys) -> _Queries:
-        return cls(q.shape[1], keys.k.shape[1], min(keys.block, q.shape[1]))
+        kv_heads = keys.k.shape[1]
+        size = min(keys.block, q.shape[1])
+        return cls(q.shape[1], kv_heads, q.shape[2] // kv_heads, size)
 
     def split(self, x: jax.Array) -> jax.Array:
         x = _pad(x, 1, self.size)
-        x = x.reshape(
-            len(x), -1, self.size, self.kv_heads, x.shape[2] // self.kv_heads, *x.shape[3:]
-        )
-        return jnp.moveaxis(x, (1, 2), (0, 4))
+        x = x.reshape(len(x), -1, self.size, self.kv_heads, self.group, x.shape[-1])
+        x = x.transpose(1, 0, 3, 5, 4, 2)  # [I, B, M, d, G, b]
+        return x.reshape(*x.shape[:4], -1)
 
     def split_rows(self, x: jax.Array, value: int) -> jax.Array:
-        """[B, R] -> [I, B, b]; the rows added hold `value`."""
+        """[B, R] -> [I, B, r]; the rows added hold `value`."""
         x = _pad(x, 1, self.size, value)
-        return jnp.swapaxes(x.reshape(len(x), -1, self.size), 0, 1)
+        x = jnp.swapaxes(x.reshape(len(x), -1, self.size), 0, 1)
+        return jnp.tile(x, self.group)
 
     def merge(self, blocks: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(blocks, (0, 4), (1, 2))  # [B, I, b, M, G, ...]
-        return x.reshape(len(x), -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, : self.rows]
+        x = blocks.reshape(*blocks.shape[:4], self.group, self.size)
+        x = x.transpose(1, 0, 5, 2, 4, 3)  # [B, I, b, M, G, d]
+        return x.reshape(len(x), -1, self.kv_heads * self.group, x.shape[-1])[:, : self.rows]
 
 
 def _product(equation: str, *factors: jax.Array) -> jax.Array:

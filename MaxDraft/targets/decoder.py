@@ -166,7 +166,12 @@ def full_vocabulary(
         here = jax.lax.dynamic_slice_in_dim(places, i * block, block, axis=1)
         states = jnp.take_along_axis(last, here[..., None], axis=1)
         scores = constrain(logits(params, dims, states), "target_batch", None, "target_vocab")
-        new = jnp.argmax(scores, -1).astype(jnp.int32), jax.nn.logsumexp(scores, -1)
+        most = scores.max(-1, keepdims=True)
+        ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+        new = (
+            jnp.where(scores == most, ids, ids[-1]).min(-1),  # the first of the greatest
+            most[..., 0] + jnp.log(jnp.exp(scores - most).sum(-1)),
+        )
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(x, y, i * block, axis=1)
             for x, y in zip(found, new, strict=True)
