@@ -222,6 +222,7 @@ def scaled(**changes):
         (scaled(short_factor=[1.0]), "'short_factor'"),
         (scaled(rope_theta=5e5), "differ in rope_theta"),
         (scaled() | {"original_max_position_embeddings": 32}, "original_max_position_embeddings"),
+        (scaled() | {"rope_theta": 1}, "rope_theta 1.0 is too small"),
         ({"rope_scaling": LLAMA3, "rope_theta": 1e4}, "low_freq_factor 4.0 is above"),
         ({"rope_scaling": LONGROPE | {"short_factor": ["a"] * 8}}, "short_factor .* 'a'"),
         ({"rope_scaling": LONGROPE | {"long_factor": [0] * 8}}, "long_factor .* 0"),
@@ -253,6 +254,7 @@ def test_a_value_that_is_none_is_an_error_that_names_it(change, named):
 
 
 KINDS = ["sliding_attention", "full_attention"] * 4
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 NESTED = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -272,6 +274,7 @@ NESTED = {
         ("glm4", {"partial_rotary_factor": 2.0}, "partial_rotary_factor 2.0"),
         ("glm4", {"partial_rotary_factor": 0.2}, "3 of a head's 16 dimensions"),
         ("glm4", {"partial_rotary_factor": 0.01}, "0 of a head's 16 dimensions"),
+        ("glm4", {"partial_rotary_factor": None, "rope_parameters": PLAIN}, "is null"),
         ("minimax_m2", {"rotary_dim": 8}, "rotary_dim 8"),
         ("phi3_mini", {"rope_parameters": YARN, "rope_theta": 1e4}, "original_max|'yarn'"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters .* apart"),
@@ -286,6 +289,11 @@ NESTED = {
             "gemma3_text",
             {"rope_parameters": NESTED, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
             "rope_parameters and rope_scaling differ in factor",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": YARN | {"truncate": False}}},
+            "truncate False",
         ),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),
@@ -318,7 +326,7 @@ NESTED = {
 )
 def test_what_transformers_computes_otherwise_or_not_at_all_is_an_error(name, change, named):
     config = CONFIGS[name]
-    if "partial_rotary_factor" in change and name != "gemma3_text":
+    if change.get("partial_rotary_factor") and name != "gemma3_text":
         change = change | {"rope_parameters": config["rope_parameters"] | change}
     with pytest.raises(TargetError, match=named):
         dims_from_config(config | change)

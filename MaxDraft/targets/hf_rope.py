@@ -51,7 +51,7 @@ def rope(
     kind = said.get("rope_type", "default")
     common = {
         "theta": number(said, "rope_theta"),
-        "head_dim": _turned(said, size or head_dim(config), partial),
+        "head_dim": _turned(config, said, size or head_dim(config), partial),
         "kind": kind,
         "interleaved": interleaved,
     }
@@ -63,6 +63,8 @@ def rope(
     if kind == "linear":
         return Rope(**common)
     common["original_length"] = field(_there(said, _ORIGINAL), _ORIGINAL)
+    if kind == "yarn" and common["theta"] <= 1:
+        raise TargetError(f"config.json: rope_theta {common['theta']} is too small for yarn")
     if kind == "llama3":
         low, high = _number(said, "low_freq_factor"), _number(said, "high_freq_factor")
         if low > high:
@@ -144,9 +146,13 @@ def _agree(places: str, one: Mapping[str, Any], other: Mapping[str, Any], keys: 
         )
 
 
-def _turned(said: Mapping[str, Any], size: int, partial: float | None) -> int:
+def _turned(
+    config: Mapping[str, Any], said: Mapping[str, Any], size: int, partial: float | None
+) -> int:
     """Dimensions of a head of `size` that are turned: in pairs, and some."""
     name = "partial_rotary_factor"
+    if partial and name in config and config[name] is None and name not in said:
+        raise TargetError(f"config.json: {name} is null, which readers take for different numbers")
     share = number(said, name, partial or 1.0)
     if partial is None and share != 1:
         raise TargetError(

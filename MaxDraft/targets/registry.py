@@ -55,7 +55,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model_type, str | None):
         raise TargetError(f"config.json: model_type must be text, not {model_type!r}")
     unsaid = dict(getattr(FAMILIES.get(model_type), "DEFAULTS", {}).get(model_type, {}))
-    if any("rope_theta" in mapping(said, part) for part in ("rope_scaling", "rope_parameters")):
+    ropes = [mapping(said, part) for part in ("rope_scaling", "rope_parameters")]
+    if any("rope_theta" in rope for rope in ropes):
         unsaid.pop("rope_theta", None)
     return unsaid | said
 

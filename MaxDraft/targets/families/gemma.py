@@ -104,4 +104,7 @@ def _rope(config: Mapping[str, Any], window: int) -> Rope:
             f"config.json contradicts itself: {theta} is {config[theta]!r}, and in rope_parameters "
             f"{said['rope_theta']!r}"
         )
-    return hf_config.rope(own | {"rope_parameters": said})
+    rope = hf_config.rope(own | {"rope_parameters": said})
+    if not rope.truncate:  # transformers does not look for it inside of a kind
+        raise TargetError("config.json: truncate False is not known for gemma3_text, only True")
+    return rope
