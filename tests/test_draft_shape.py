@@ -2,11 +2,20 @@
 
 import dataclasses
 
+import pytest
 from goldens import recipe
 
 from MaxDraft.layers.experts import Experts, Router
 from MaxDraft.layers.rope import Rope
-from MaxDraft.targets.dims import Attention, DecoderDims, LatentAttention, Layer, Mlp
+from MaxDraft.targets.dims import (
+    Attention,
+    DecoderDims,
+    DeltaNet,
+    LatentAttention,
+    Layer,
+    Mlp,
+    TargetError,
+)
 from MaxDraft.targets.draft_shape import draft_shape
 from MaxDraft.targets.registry import dims_from_config
 
@@ -72,6 +81,15 @@ def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
     wide = dataclasses.replace(ROPE, theta=1e6)
     assert rope_for(ROPE, wide, windows=[512, 0]) == wide
     assert rope_for(None, ROPE) == ROPE
+
+
+def test_a_target_that_has_nothing_for_a_head_to_take_is_an_error():
+    nope = Layer(dataclasses.replace(GQA, rope=None), Mlp(64))
+    with pytest.raises(TargetError, match="rotary embedding"):
+        draft_shape(target(nope))
+    delta = Layer(DeltaNet(2, 4, 8, 8, 4, True), Mlp(64))
+    with pytest.raises(TargetError, match="attention"):
+        draft_shape(target(delta))
 
 
 def test_every_golden_family_has_a_head():

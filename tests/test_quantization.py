@@ -224,6 +224,55 @@ def test_a_scale_of_another_shape_is_an_error(tmp_path, shape):
         load(tmp_path, {"w": fp8_values(40, 24), "w_scale": scales(*shape)}, param, (16, 8))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_where_a_scale_fits_outputs_and_blocks_config_json_decides(tmp_path, keep):
+    """[2, 256] in blocks of 128: two scales, of halves of the inputs, that are as many as rows."""
+    values, scale = fp8_values(2, 256), scales(1, 2)
+    whole = {"w": values, "w_scale_inv": scale}
+    param = Param((256, 2), MATRIX, "w", np.float32, transposed=True)
+    save_file(whole, tmp_path / SINGLE)
+    said = check_quantization(
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    )
+    for in_blocks, expected in (
+        (said.in_blocks, blockwise(values, scale, (128, 128))),
+        (False, values.astype(np.float32) * scale.reshape(2, 1)),
+    ):
+        tensors = pair(open_safetensors(tmp_path), said.block, in_blocks)
+        table = keep_quantized(param, tensors) if keep else param
+        loaded = load_parameters(tmp_path, tensors, table, None)
+        loaded = quantized.dequantize(loaded, jnp.float32) if keep else loaded
+        assert_same_bits(loaded, expected.T)
+
+
+def test_the_blocks_of_config_json_reach_the_targets_tensors(tmp_path):
+    values, scale = fp8_values(2, 256), scales(1, 2)
+    save_file({"w": values, "w_scale_inv": scale}, tmp_path / SINGLE)
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    param = Param((256, 2), MATRIX, "w", np.float32, transposed=True)
+    assert_same_bits(load_target(tmp_path, param), blockwise(values, scale, (128, 128)).T)
+
+
+def test_two_scales_of_one_tensor_are_an_error_that_names_them(tmp_path):
+    param = Param((24, 40), MATRIX, "w", transposed=True)
+    whole = {"w": fp8_values(40, 24), "w_scale": scales(1), "w_scale_inv": scales(1)}
+    with pytest.raises(CheckpointError, match="w: has two scales, w_scale_inv and w_scale"):
+        load(tmp_path, whole, param)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_scale_that_is_no_number_is_an_error_that_names_it(tmp_path, wrong, keep):
+    scale = scales(40, 1)
+    scale[3] = wrong
+    tensors = opened(tmp_path, {"w": fp8_values(40, 24), "w_scale": scale})
+    param = Param((24, 40), MATRIX, "w", np.float32, transposed=True)
+    table = keep_quantized(param, tensors) if keep else param
+    with pytest.raises(CheckpointError, match="w_scale: has scales that are no finite numbers"):
+        load_parameters(tmp_path, tensors, table, None)
+
+
 # ---------------------------------------------------------------------------------------- MXFP4
 @pytest.mark.parametrize("part", [None, Part(0, 40, 2), Part(1, 40, 2), Part(20, 40)])
 @pytest.mark.parametrize("keep", [False, True])
@@ -459,6 +508,19 @@ def test_that_activations_stay_as_they_are_is_said():
         compressed("nvfp4-pack-quantized", num_bits=4),
         compressed(strategy="group"),
         compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        compressed() | {"sparsity_config": "dense"},
+        compressed() | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        compressed() | {"config_groups": [1]},
+        compressed() | {"config_groups": {"group_0": "x"}},
+        compressed() | {"config_groups": {"group_0": {"weights": [8]}}},
+        compressed(symmetric=False),
+        compressed(dynamic=True),
+        compressed(strategy="block", block_structure="128x128"),
+        {"quant_method": "fp8", "weight_block_size": ["128", "128"]},
+        {"quant_method": "fp8", "weight_block_size": [64.5, 128]},
+        {"quant_method": "fp8", "weight_block_size": "128"},
+        {"quant_method": ["fp8"]},
+        ["fp8"],
     ],
 )
 def test_other_quantisations_are_refused(said):

@@ -7,6 +7,7 @@ import pytest
 from goldens import recipe
 
 from MaxDraft.layers.rope import Rope
+from MaxDraft.targets.dims import TargetError
 from MaxDraft.targets.registry import FAMILIES, dims_from_config, text_config
 
 
@@ -37,6 +38,29 @@ def test_the_language_models_part_of_a_multimodal_config_is_taken(outer):
     assert found["quantization_config"] == {"quant_method": "fp8"}
     assert "vision_config" not in found
     assert dims_from_config(config) == dims_from_config(inner)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"partial_rotary_factor": 0.5},
+    ],
+)
+def test_an_outer_rope_that_the_language_model_does_not_have_is_an_error(outer):
+    inner = golden_config("mistral")
+    with pytest.raises(TargetError, match=f"{next(iter(outer))} is .*text_config"):
+        dims_from_config({"model_type": "mistral3", "text_config": inner} | outer)
+    same = {"rope_parameters": inner["rope_parameters"]}
+    nested = {"model_type": "mistral3", "text_config": inner} | same
+    assert dims_from_config(nested) == dims_from_config(inner)
+
+
+def test_an_empty_text_config_takes_nothing_from_a_flat_file():
+    config = golden_config("llama_yarn")
+    assert dims_from_config(config | {"text_config": {}}) == dims_from_config(config)
 
 
 def test_gemma_3s_published_files_leave_out_what_its_family_says():

@@ -47,6 +47,7 @@ class Quantization:
 
     method: str
     block: tuple[int, int] = _DEFAULT_BLOCK  # [outputs, inputs] of a block, where there are blocks
+    in_blocks: bool = False  # it says that there are
     activations: bool = False  # it also says how activations are quantised
 
     def __str__(self) -> str:
@@ -60,7 +61,8 @@ def check_quantization(config: Mapping[str, Any]) -> Quantization | None:
     CheckpointError for what cannot be read.
     """
     # Multimodal files may say it of their text only; the older name is compressed-tensors'.
-    sources = (config, config.get("text_config") or {})
+    inner = config.get("text_config")
+    sources = (config, inner if isinstance(inner, Mapping) else {})
     names = ("quantization_config", "compression_config")
     said = next((source[name] for source in sources for name in names if source.get(name)), None)
     if said is None:
@@ -82,27 +84,35 @@ def check_quantization(config: Mapping[str, Any]) -> Quantization | None:
 def _plain_fp8(said: Mapping[str, Any]) -> Quantization:
     if said.get("expert_dtype", "fp8") != "fp8":
         raise _refusal(f"expert_dtype '{said['expert_dtype']}'")
-    return Quantization("fp8", _block(said.get("weight_block_size")), True)
+    size = said.get("weight_block_size")
+    return Quantization("fp8", _block(size), size is not None, True)
 
 
 def _block(size: Any) -> tuple[int, int]:
     if size is None:
         return _DEFAULT_BLOCK
-    if not (isinstance(size, list | tuple) and len(size) == 2 and min(size) > 0):
-        raise _refusal(f"weight blocks of {size}")
-    return (int(size[0]), int(size[1]))
+    two = isinstance(size, list | tuple) and len(size) == 2
+    if not two or any(type(one) is not int or one < 1 for one in size):
+        raise _refusal(f"weight blocks of {size!r}")
+    return (size[0], size[1])
 
 
 def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
-    sparsity = (said.get("sparsity_config") or {}).get("format") or "dense"
+    sparsity = _part(said, "sparsity_config").get("format") or "dense"
     if sparsity != "dense":
         raise _refusal(f"compressed-tensors sparsity '{sparsity}'")
-    groups = list((said.get("config_groups") or {}).values())
+    if said.get("transform_config"):  # rotations of the weights and what enters them
+        raise _refusal(f"compressed-tensors transform_config {said['transform_config']!r}")
+    found = _part(said, "config_groups")
+    groups = [_part(found, name) for name in found]
     blocks = set()
     for group in groups:
-        weights = group.get("weights")
+        weights = _part(group, "weights")
         if not weights:
             continue
+        for name, usual in (("symmetric", True), ("dynamic", False), ("actorder", None)):
+            if weights.get(name) not in (usual, None):
+                raise _refusal(f"compressed-tensors weights with {name} {weights[name]!r}")
         layout = group.get("format") or said.get("format")
         kind, bits = weights.get("type"), weights.get("num_bits")
         strategy = weights.get("strategy")
@@ -115,8 +125,16 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
     if len(blocks) > 1:
         raise _refusal(f"compressed-tensors groups with different blocks {sorted(blocks)}")
     activations = any(group.get("input_activations") for group in groups)
-    block = blocks.pop() if blocks else _DEFAULT_BLOCK
-    return Quantization("compressed-tensors", block, activations)
+    block = next(iter(blocks), _DEFAULT_BLOCK)
+    return Quantization("compressed-tensors", block, block in blocks, activations)
+
+
+def _part(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """said[name], an object of fields; {} where it says nothing."""
+    value = said.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise _refusal(f"compressed-tensors {name} {value!r}")
+    return value
 
 
 def _refusal(what: str) -> CheckpointError:
@@ -134,6 +152,7 @@ class Fp8Tensor:
     values: StoredTensor
     scale: StoredTensor | None  # None: it is missing
     block: tuple[int, int]  # [outputs, inputs]
+    in_blocks: bool = False  # config.json says so: holds where a scale's shape fits outputs as well
 
     @property
     def name(self) -> str:
@@ -154,11 +173,13 @@ class Fp8Tensor:
             return Grid((*([1] * len(lead)), 1, 1), False, inputs, outputs)
         if lead and _squeeze(found) == _squeeze(lead):
             return Grid((*lead, 1, 1), False, inputs, outputs)
-        # Llama 4's experts [experts, in, out] have scales [experts, 1, out] or [experts, out, 1].
-        if _squeeze(found) == _squeeze((*lead, outputs)):
-            return Grid((*lead, 1, outputs), False, inputs, 1)
         a, b = self.block if transposed else self.block[::-1]
-        if found == (*lead, -(-rows // a), -(-cols // b)):
+        in_blocks = found == (*lead, -(-rows // a), -(-cols // b))
+        # Llama 4's experts [experts, in, out] have scales [experts, 1, out] or [experts, out, 1].
+        by_output = _squeeze(found) == _squeeze((*lead, outputs))
+        if by_output and not (in_blocks and self.in_blocks):
+            return Grid((*lead, 1, outputs), False, inputs, 1)
+        if in_blocks:
             return Grid(found, transposed, *((b, a) if transposed else (a, b)))
         return None
 
@@ -210,6 +231,8 @@ class Grid:
     def of(self, scale: StoredTensor) -> np.ndarray:
         """The scales as float32."""
         array = scale.read().astype(np.float32).reshape(self.shape)
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{scale.name}: has scales that are no finite numbers")
         return array.swapaxes(-1, -2) if self.transposed else array
 
 
@@ -295,14 +318,16 @@ WeightTensor = StoredTensor | Fp8Tensor | ScaleTensor | Mxfp4Tensor
 
 
 def pair(
-    tensors: Mapping[str, StoredTensor], block: tuple[int, int] = _DEFAULT_BLOCK
+    tensors: Mapping[str, StoredTensor],
+    block: tuple[int, int] = _DEFAULT_BLOCK,
+    in_blocks: bool = False,
 ) -> dict[str, WeightTensor]:
     """Tensors by name, where a quantised one stands for what it means."""
     paired: dict[str, WeightTensor] = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.dtype in FP8:
             scale = _scale_name(name, tensors)
-            paired[name] = Fp8Tensor(tensor, tensors.get(scale), block)
+            paired[name] = Fp8Tensor(tensor, tensors.get(scale), block, in_blocks)
             if scale:
                 paired[scale] = ScaleTensor(paired[name])
         elif name.endswith(BLOCKS) and tensor.dtype == "U8" and tensor.shape[-1:] == (16,):
@@ -315,7 +340,10 @@ def pair(
 
 
 def _scale_name(name: str, tensors: Mapping[str, Any]) -> str | None:
-    return next((name + end for end in FP8_SUFFIXES if name + end in tensors), None)
+    found = [name + end for end in FP8_SUFFIXES if name + end in tensors]
+    if len(found) > 1:
+        raise CheckpointError(f"{name}: has two scales, {' and '.join(found)}")
+    return found[0] if found else None
 
 
 def part_names(name: str, tensors: Mapping[str, WeightTensor]) -> list[str]:

@@ -213,7 +213,7 @@ def _weights(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Wei
     # Tensors may lie in a folder without config.json; blocks, if any, have the usual size there.
     config = read_config(folder) if (folder / "config.json").is_file() else {}
     said = check_quantization(config)
-    return pair(renamed, said.block) if said else pair(renamed)
+    return pair(renamed, said.block, said.in_blocks) if said else pair(renamed)
 
 
 def _text_prefix(tensors: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers.rope import Rope
 from MaxDraft.pyconfig import Config, ConfigError
-from MaxDraft.targets.dims import Attention, DecoderDims, Experts, LatentAttention, Mlp
+from MaxDraft.targets.dims import Attention, DecoderDims, Experts, LatentAttention, Mlp, TargetError
 
 MIN_KV_HEADS = 2  # an engine (sglang-jax) crashes on one
 LATENT_HEAD_DIM = 128
@@ -39,11 +39,16 @@ def draft_shape(target: DecoderDims) -> DraftShape:
     """
     mixers = [layer.mixer for layer in target.layers]
     softmax = [m for m in mixers if isinstance(m, Attention)]
+    if not any(isinstance(m, Attention | LatentAttention) for m in mixers):
+        raise TargetError("no layer of the target has attention with heads for a draft head")
     if softmax:
         heads, kv_heads = softmax[0].num_heads, softmax[0].num_kv_heads
         head_dim = softmax[0].head_dim
         # Of two, the one of the layers that see everything.
-        rope = next(m.rope for m in sorted(softmax, key=lambda m: m.window) if m.rope)
+        ropes = [m.rope for m in sorted(softmax, key=lambda m: m.window) if m.rope]
+        if not ropes:
+            raise TargetError("no layer of the target has a rotary embedding for a draft head")
+        rope = ropes[0]
     else:
         latent = next(m for m in mixers if isinstance(m, LatentAttention))
         head_dim = min(LATENT_HEAD_DIM, target.hidden_size // 4)

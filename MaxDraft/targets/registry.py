@@ -8,6 +8,7 @@ from typing import Any
 
 from MaxDraft.targets import families
 from MaxDraft.targets.dims import DecoderDims, TargetError
+from MaxDraft.targets.fields import mapping
 
 
 def _found() -> dict[str, ModuleType]:
@@ -17,6 +18,14 @@ def _found() -> dict[str, ModuleType]:
 
 
 FAMILIES = _found()  # model_type -> its family's module
+_ROPE = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,8 +34,14 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Multimodal checkpoints nest it in `text_config`; what only the outer part says, as the
     quantisation or the end-of-text tokens, holds for it too.
     """
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping):
+    inner = mapping(config, "text_config")
+    if inner:
+        for name in _ROPE:
+            if config.get(name) not in (None, inner.get(name)):
+                raise TargetError(
+                    f"config.json contradicts itself: {name} is {config[name]!r}, and in "
+                    f"text_config, which holds, {inner.get(name)!r}"
+                )
         outer = {
             key: value
             for key, value in config.items()
@@ -37,7 +52,13 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         said = dict(config)
     model_type = said.get("model_type")
-    return getattr(FAMILIES.get(model_type), "DEFAULTS", {}).get(model_type, {}) | said
+    if not isinstance(model_type, str | None):
+        raise TargetError(f"config.json: model_type must be text, not {model_type!r}")
+    unsaid = dict(getattr(FAMILIES.get(model_type), "DEFAULTS", {}).get(model_type, {}))
+    ropes = [mapping(said, part) for part in ("rope_scaling", "rope_parameters")]
+    if any("rope_theta" in rope for rope in ropes):
+        unsaid.pop("rope_theta", None)
+    return unsaid | said
 
 
 def dims_from_config(config: Mapping[str, Any]) -> DecoderDims:

@@ -186,5 +186,8 @@ if __name__ == "__main__":
     if "--report" in sys.argv[1:]:
         report()
     else:
+        unknown = [name for name in sys.argv[1:] if name not in recipe.CONFIGS]
+        if unknown:
+            sys.exit(f"no target is called {unknown[0]}; there are {', '.join(recipe.CONFIGS)}")
         for family in sys.argv[1:] or recipe.CONFIGS:
             write_file(family)

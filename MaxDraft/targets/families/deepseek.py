@@ -8,9 +8,11 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.fields import field, flag, number, require
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+# What a file leaves out, as the reference code has it; of Kimi K2 it has none.
+DEFAULTS = {"deepseek_v2": {"rope_theta": 10_000.0}, "deepseek_v3": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -18,9 +20,9 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     if field(config, "moe_layer_freq", 1) != 1:
         raise TargetError("config.json: moe_layer_freq other than 1 is not supported")
     if config["model_type"] == "deepseek_v2":
+        require(config, scoring_func="softmax", rope_interleave=True, mlp_bias=False)
         router = _softmax(config)
     else:
-        hf_config.require(config, scoring_func="sigmoid", topk_method="noaux_tc")
         router = sigmoid_router(config)
     mixer, dense = (
         hf_config.latent_attention(config),
@@ -47,13 +49,14 @@ def experts(config: Mapping[str, Any], router: Router) -> Experts:
 
 def sigmoid_router(config: Mapping[str, Any]) -> Router:
     """DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), as GLM-4.5 has it too."""
+    require(config, scoring_func="sigmoid", topk_method="noaux_tc")
     return Router(
         top_k=field(config, "num_experts_per_tok"),
         scores="sigmoid",
         selection_bias=True,
-        normalize=bool(field(config, "norm_topk_prob")),
+        normalize=flag(config, "norm_topk_prob"),
         normalize_eps=1e-20,
-        factor=hf_config.number(config, "routed_scaling_factor"),
+        factor=number(config, "routed_scaling_factor"),
         groups=field(config, "n_group"),
         top_groups=field(config, "topk_group"),
         group_score="top2",
@@ -70,7 +73,7 @@ def _softmax(config: Mapping[str, Any]) -> Router:
     limited = method == "group_limited_greedy"
     return Router(
         top_k=field(config, "num_experts_per_tok"),
-        factor=hf_config.number(config, "routed_scaling_factor"),
+        factor=number(config, "routed_scaling_factor"),
         groups=field(config, "n_group") if limited else 1,
         top_groups=field(config, "topk_group") if limited else 1,
     )

@@ -6,8 +6,11 @@ from typing import Any
 from MaxDraft.layers.params import Part, Stored
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.fields import field, flag
 
 MODEL_TYPES = ("glm4",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"glm4": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -15,12 +18,12 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mixer = hf_config.attention(
         config,
         rope=hf_config.rope(config, partial=0.5, interleaved=True),
-        qkv_bias=hf_config.field(config, "attention_bias", True),
+        qkv_bias=flag(config, "attention_bias", True),
     )
     layer = Layer(mixer, hf_config.mlp(config), post_norms=True)
     return hf_config.decoder(
         config,
-        [layer] * hf_config.field(config, "num_hidden_layers"),
+        [layer] * field(config, "num_hidden_layers"),
         names=(
             ("attention_post_norm", (Stored("post_self_attn_layernorm.weight"),)),
             ("mlp_post_norm", (Stored("post_mlp_layernorm.weight"),)),

@@ -6,11 +6,11 @@ from typing import Any
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
 from MaxDraft.targets.families import deepseek
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.fields import field, flag
 
 MODEL_TYPES = ("glm4_moe",)
 # What a file leaves out, as the reference code has it.
-DEFAULTS = {"glm4_moe": {"n_group": 1, "topk_group": 1}}
+DEFAULTS = {"glm4_moe": {"n_group": 1, "topk_group": 1, "rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -18,8 +18,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mixer = hf_config.attention(
         config,
         rope=hf_config.rope(config, partial=0.5),
-        qkv_bias=field(config, "attention_bias", False),
-        qk_norm="head" if field(config, "use_qk_norm", False) else "",
+        qkv_bias=flag(config, "attention_bias", False),
+        qk_norm="head" if flag(config, "use_qk_norm", False) else "",
     )
     moe = deepseek.experts(config, deepseek.sigmoid_router(config))
     mlp, dense = hf_config.mlp(config), field(config, "first_k_dense_replace", least=0)

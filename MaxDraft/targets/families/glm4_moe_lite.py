@@ -6,16 +6,17 @@ from typing import Any
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
 from MaxDraft.targets.families import deepseek
+from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("glm4_moe_lite",)
 # What a file leaves out, as the reference code has it.
-DEFAULTS = {"glm4_moe_lite": {"n_group": 1, "topk_group": 1}}
+DEFAULTS = {"glm4_moe_lite": {"n_group": 1, "topk_group": 1, "rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    count = hf_config.field(config, "num_hidden_layers")
-    dense = hf_config.field(config, "first_k_dense_replace", 1, least=0)
+    count = field(config, "num_hidden_layers")
+    dense = field(config, "first_k_dense_replace", 1, least=0)
     unsaid = ["dense"] * dense + ["sparse"] * (count - dense)
     kinds = hf_config.kinds(config, ("dense", "sparse"), unsaid, "mlp_layer_types")
     feed_forward = {

@@ -9,17 +9,19 @@ from typing import Any
 from MaxDraft.layers.params import Part, Stored
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.fields import field, flag, require
 
 MODEL_TYPES = ("gpt_oss",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"gpt_oss": {"rope_theta": 150_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    hf_config.require(config, swiglu_limit=7.0, swiglu_alpha=1.702)
+    require(config, swiglu_limit=7.0, swiglu_alpha=1.702)
     if not (config.get("rope_scaling") or config.get("rope_parameters")):
         raise TargetError("config.json has neither 'rope_scaling' nor 'rope_parameters'")
-    bias = field(config, "attention_bias", True)
+    bias = flag(config, "attention_bias", True)
     switches = {"qkv_bias": bias, "output_bias": bias, "sinks": True}
     size = field(config, "intermediate_size")
     moe = Experts(

@@ -6,16 +6,17 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.fields import field, flag
 
 MODEL_TYPES = ("llama",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"llama": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    bias = hf_config.field(config, "attention_bias", False)
+    bias = flag(config, "attention_bias", False)
     mixer = hf_config.attention(config, qkv_bias=bias, output_bias=bias)
-    mlp_bias = hf_config.field(config, "mlp_bias", False)
+    mlp_bias = flag(config, "mlp_bias", False)
     mlp = dataclasses.replace(hf_config.mlp(config), bias=mlp_bias)
-    return hf_config.decoder(
-        config, [Layer(mixer, mlp)] * hf_config.field(config, "num_hidden_layers")
-    )
+    return hf_config.decoder(config, [Layer(mixer, mlp)] * field(config, "num_hidden_layers"))

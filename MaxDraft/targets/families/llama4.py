@@ -10,7 +10,7 @@ from typing import Any
 from MaxDraft.layers.params import Part, Stored
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router, TargetError
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.fields import field, flag, listed, number
 
 MODEL_TYPES = ("llama4_text",)
 # What the published files leave out, as their reference code has it.
@@ -19,6 +19,7 @@ DEFAULTS = {
         "attention_chunk_size": 8192,
         "floor_scale": 8192,
         "attn_scale": 0.1,
+        "rope_theta": 500_000.0,
     }
 }
 
@@ -39,9 +40,12 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     sparse = hf_config.layer_numbers(config, "moe_layers")
     sparse = range(step - 1, count, step) if sparse is None else sparse
     every = field(config, "no_rope_layer_interval", 4)
-    turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
-    if not isinstance(turned, Sequence) or len(turned) < count:
-        raise TargetError(f"config.json: no_rope_layers must say 0 or 1 of {count} layers")
+    turned = listed(config, "no_rope_layers") or [int((i + 1) % every > 0) for i in range(count)]
+    if len(turned) != count or any(said not in (0, 1) for said in turned):
+        raise TargetError(
+            f"config.json: no_rope_layers must say 0 or 1 of {count} layers, not {turned!r}"
+        )
+    _check_kinds(config, turned)
     return hf_config.decoder(
         config,
         [Layer(_mixer(config, bool(turned[i])), moe if i in sparse else mlp) for i in range(count)],
@@ -49,18 +53,39 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     )
 
 
+def _check_kinds(config: Mapping[str, Any], turned: Sequence[int]) -> None:
+    """TargetError where `layer_types` does not say what `no_rope_layers` and the chunk do."""
+    chunked = field(config, "attention_chunk_size", 0) > 0
+    expected = ["chunked_attention" if one and chunked else "full_attention" for one in turned]
+    found = hf_config.kinds(config, ("chunked_attention", "full_attention"), expected)
+    for i, (said, meant) in enumerate(zip(found, expected, strict=True)):
+        if said != meant:
+            raise TargetError(
+                f"config.json contradicts itself: layer_types has {said} for layer {i}, "
+                f"no_rope_layers and attention_chunk_size make it {meant}"
+            )
+
+
+def _tuned(config: Mapping[str, Any]) -> bool:
+    """attn_temperature_tuning: older files say 4 for true."""
+    name = "attn_temperature_tuning"
+    if isinstance(config.get(name), bool | None):
+        return flag(config, name, True)
+    return field(config, name, least=0) > 0
+
+
 def _mixer(config: Mapping[str, Any], turned: bool) -> Attention:
-    bias = field(config, "attention_bias", False)
+    bias = flag(config, "attention_bias", False)
     tempered = None
-    if field(config, "attn_temperature_tuning", True) and not turned:
-        tempered = (hf_config.number(config, "floor_scale"), hf_config.number(config, "attn_scale"))
+    if _tuned(config) and not turned:
+        tempered = (number(config, "floor_scale"), number(config, "attn_scale"))
     return hf_config.attention(
         config,
         rope=hf_config.rope(config, interleaved=True) if turned else None,
         chunk=field(config, "attention_chunk_size", 0) if turned else 0,
         qkv_bias=bias,
         output_bias=bias,
-        l2_norm=turned and field(config, "use_qk_norm", True),
+        l2_norm=turned and flag(config, "use_qk_norm", True),
         tempered=tempered,
     )
 

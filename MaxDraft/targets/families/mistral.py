@@ -5,14 +5,15 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("mistral",)
 # What a file leaves out, as the reference code has it.
-DEFAULTS = {"mistral": {"sliding_window": 4096}}
+DEFAULTS = {"mistral": {"sliding_window": 4096, "rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    mixer = hf_config.attention(config, window=hf_config.field(config, "sliding_window", 0))
+    mixer = hf_config.attention(config, window=field(config, "sliding_window", 0))
     layer = Layer(mixer, hf_config.mlp(config))
-    return hf_config.decoder(config, [layer] * hf_config.field(config, "num_hidden_layers"))
+    return hf_config.decoder(config, [layer] * field(config, "num_hidden_layers"))

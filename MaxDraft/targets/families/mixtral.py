@@ -8,10 +8,12 @@ from typing import Any
 
 from MaxDraft.layers.params import Stored
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
+from MaxDraft.targets.fields import field, listed, require
 
 MODEL_TYPES = ("mixtral", "minimax_m2")
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"mixtral": {"rope_theta": 1_000_000.0}, "minimax_m2": {"rope_theta": 5_000_000.0}}
 _MOE = "block_sparse_moe."
 NAMES = (
     ("experts/router", (Stored(_MOE + "gate.weight", True),)),
@@ -26,18 +28,27 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     top_k = field(config, "num_experts_per_tok")
     if config["model_type"] == "minimax_m2":
-        hf_config.require(
+        require(
             config,
             scoring_func="sigmoid",
             use_qk_norm=True,
             qk_norm_type="per_layer",
             shared_intermediate_size=0,
         )
+        if any(kind != 1 for kind in listed(config, "attn_type_list") or ()):
+            raise TargetError(
+                f"config.json: attn_type_list {config['attn_type_list']} has other attention than "
+                f"the full one, 1"
+            )
         head_dim = field(config, "head_dim")
-        partial = field(config, "rotary_dim", head_dim) / head_dim
-        mixer = hf_config.attention(
-            config, rope=hf_config.rope(config, partial=partial), qk_norm="whole"
-        )
+        turned = field(config, "rotary_dim", head_dim)
+        rope = hf_config.rope(config, partial=turned / head_dim)
+        if config.get("rotary_dim") and rope.head_dim != turned:
+            raise TargetError(
+                f"config.json contradicts itself: rotary_dim {turned}, and partial_rotary_factor "
+                f"makes it {rope.head_dim}"
+            )
+        mixer = hf_config.attention(config, rope=rope, qk_norm="whole")
         router = Router(top_k, "sigmoid", selection_bias=True, normalize=True)
     else:
         mixer = hf_config.attention(config, window=field(config, "sliding_window", 0))

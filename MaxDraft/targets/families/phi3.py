@@ -1,32 +1,31 @@
-"""Phi-3 and Phi-4: q, k and v in one tensor, gate and up in another; longrope, partial rotary.
-
-Longrope has two sets of factors, and which one holds depends on the length of the whole sequence.
-Training takes the short ones: max_length is where they end.
-"""
+"""Phi-3 and Phi-4: q, k and v in one tensor, gate and up in another; longrope, partial rotary."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from MaxDraft.layers.params import Part, Stored
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.dims import DecoderDims, Layer, TargetError
 from MaxDraft.targets.families.glm4 import fused_mlp
+from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("phi3",)
 # What a file leaves out, as the reference code has it.
-DEFAULTS = {"phi3": {"original_max_position_embeddings": 4096}}
+DEFAULTS = {"phi3": {"original_max_position_embeddings": 4096, "rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    mixer = hf_config.attention(config, window=hf_config.field(config, "sliding_window", 0))
+    rope = hf_config.rope(config, partial=1.0)
+    if rope.kind not in ("default", "longrope"):
+        raise TargetError(f"config.json: rope scaling '{rope.kind}' is not known for phi3")
+    mixer = hf_config.attention(config, rope=rope, window=field(config, "sliding_window", 0))
     q_size, kv_size = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     starts = {"q": 0, "k": q_size, "v": q_size + kv_size}
     mlp = hf_config.mlp(config)
     return hf_config.decoder(
         config,
-        [Layer(mixer, mlp)] * hf_config.field(config, "num_hidden_layers"),
-        max_length=hf_config.longrope_length(config),
+        [Layer(mixer, mlp)] * field(config, "num_hidden_layers"),
         names=(
             *(
                 (

@@ -7,6 +7,8 @@ from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
 
 MODEL_TYPES = ("qwen2",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"qwen2": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:

@@ -5,14 +5,17 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.fields import field, flag
 
 MODEL_TYPES = ("qwen3",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"qwen3": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    hf_config.field(config, "head_dim")
-    bias = hf_config.field(config, "attention_bias", False)
+    field(config, "head_dim")
+    bias = flag(config, "attention_bias", False)
     switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
     mlp = hf_config.mlp(config)
     return hf_config.decoder(

@@ -9,11 +9,13 @@ from typing import Any
 
 from MaxDraft.layers.params import Part, Stored
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.dims import DecoderDims, DeltaNet, Layer
+from MaxDraft.targets.dims import DecoderDims, DeltaNet, Layer, TargetError
 from MaxDraft.targets.families import qwen_moe
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.fields import field, flag, require
 
 MODEL_TYPES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {name: {"rope_theta": 10_000.0} for name in MODEL_TYPES}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -21,7 +23,15 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     count = field(config, "num_hidden_layers")
     every = field(config, "full_attention_interval", 4)
     unsaid = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    bias = field(config, "attention_bias", False)
+    # Its convolution would have the same activation.
+    require(config, hidden_act="silu", attn_output_gate=True)
+    k_heads, v_heads = (field(config, f"linear_num_{part}_heads") for part in ("key", "value"))
+    if v_heads % k_heads:
+        raise TargetError(
+            f"config.json: {v_heads} linear_num_value_heads cannot share {k_heads} "
+            f"linear_num_key_heads"
+        )
+    bias = flag(config, "attention_bias", False)
     mixers = {
         "full_attention": hf_config.attention(
             config,
@@ -32,8 +42,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
             gated=True,
         ),
         "linear_attention": DeltaNet(
-            num_k_heads=field(config, "linear_num_key_heads"),
-            num_v_heads=field(config, "linear_num_value_heads"),
+            num_k_heads=k_heads,
+            num_v_heads=v_heads,
             k_dim=field(config, "linear_key_head_dim"),
             v_dim=field(config, "linear_value_head_dim"),
             conv_width=field(config, "linear_conv_kernel_dim"),
@@ -57,7 +67,7 @@ def _names(config: Mapping[str, Any]) -> tuple[tuple[str, tuple[Stored, ...]], .
     """Qwen3.5's files hold all experts of a layer in one tensor."""
     if config["model_type"] != "qwen3_5_moe_text":
         return ()
-    size, fused = config["moe_intermediate_size"], "mlp.experts.gate_up_proj"
+    size, fused = field(config, "moe_intermediate_size"), "mlp.experts.gate_up_proj"
     one = "mlp.experts.{expert}."
     return (
         (

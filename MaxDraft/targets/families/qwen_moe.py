@@ -8,10 +8,12 @@ from typing import Any
 
 from MaxDraft.layers.params import Stored
 from MaxDraft.targets import hf_config
-from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Mlp, Router
-from MaxDraft.targets.hf_config import field
+from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Mlp, Router, TargetError
+from MaxDraft.targets.fields import field, flag
 
 MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {name: {"rope_theta": 10_000.0} for name in MODEL_TYPES}
 SHARED = tuple(
     (f"experts/shared/{part}", (Stored(f"mlp.shared_expert.{part}_proj.weight", True),))
     for part in ("gate", "up", "down")
@@ -21,11 +23,15 @@ SHARED = tuple(
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     if config["model_type"] == "qwen2_moe":
-        switches = {"qkv_bias": field(config, "qkv_bias", True)}
+        switches = {"qkv_bias": flag(config, "qkv_bias", True)}
     else:
-        bias = field(config, "attention_bias", False)
+        bias = flag(config, "attention_bias", False)
         switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
     windows = hf_config.qwen_windows(config)
+    if config["model_type"] == "qwen3_moe" and len({bool(window) for window in windows}) > 1:
+        raise TargetError(
+            "config.json: layer_types has layers of both kinds, qwen3_moe has one window for all"
+        )
     mixers = [hf_config.attention(config, window=window, **switches) for window in windows]
     parts = zip(mixers, feed_forwards(config), strict=True)
     return hf_config.decoder(config, [Layer(*pair) for pair in parts], names=SHARED)
@@ -53,7 +59,7 @@ def experts(config: Mapping[str, Any]) -> Experts:
         intermediate_size=field(config, "moe_intermediate_size"),
         router=Router(
             top_k=field(config, "num_experts_per_tok"),
-            normalize=bool(field(config, "norm_topk_prob")),
+            normalize=flag(config, "norm_topk_prob"),
         ),
         activation=hf_config.activation(config),
         shared_size=shared,

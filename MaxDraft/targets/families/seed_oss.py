@@ -5,18 +5,21 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
+from MaxDraft.targets.fields import field, flag, require
 
 MODEL_TYPES = ("seed_oss",)
+# What a file leaves out, as the reference code has it.
+DEFAULTS = {"seed_oss": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
-    hf_config.field(config, "head_dim")
-    hf_config.require(config, mlp_bias=False)
+    field(config, "head_dim")
+    require(config, mlp_bias=False)
     mixer = hf_config.attention(
         config,
-        qkv_bias=hf_config.field(config, "attention_bias"),
-        output_bias=hf_config.field(config, "attention_out_bias", False),
+        qkv_bias=flag(config, "attention_bias"),
+        output_bias=flag(config, "attention_out_bias", False),
     )
     layer = Layer(mixer, hf_config.mlp(config))
-    return hf_config.decoder(config, [layer] * hf_config.field(config, "num_hidden_layers"))
+    return hf_config.decoder(config, [layer] * field(config, "num_hidden_layers"))
