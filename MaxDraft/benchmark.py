@@ -447,7 +447,7 @@ def main(argv: Sequence[str]) -> int:
     settings = [
         open_setting(
             " ".join(variant[1:]) or "defaults",
-            pyconfig.initialize([argv[0], *variant]),
+            pyconfig.initialize([argv[0], *variant], reads_files=False),
             flags.tokens,
         )
         for variant in variants

@@ -72,7 +72,7 @@ LOGICAL_AXES = (
 )
 
 
-def impossible_combinations(values: Values) -> list[str]:
+def impossible_combinations(values: Values, reads_files: bool = True) -> list[str]:
     """Everything that is wrong with `values`, one line each; empty where they can be run."""
     checks = (
         run_location,
@@ -83,7 +83,7 @@ def impossible_combinations(values: Values) -> list[str]:
         _parallelism,
         _rules,
         _distributed,
-        _data,
+        *([_data] if reads_files else []),
     )
     return [problem for check in checks for problem in check(values)]
 

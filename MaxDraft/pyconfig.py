@@ -129,11 +129,12 @@ class Config:
         temporary.replace(path)
 
 
-def initialize(argv: Sequence[str], from_run: bool = False) -> Config:
+def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = True) -> Config:
     """argv = [program, path/to/base.yml, key=value, ...] -> Config; ConfigError says what to fix.
 
     from_run: evaluate and export go on from a finished run, so that run's config.yml, found by
     base_output_directory and run_name, stands between the model file and the environment.
+    reads_files: False where neither target nor data is read, so that neither need be named.
     """
     schema = _schema()
     if len(argv) < 2 or "=" in argv[1]:
@@ -181,7 +182,7 @@ def initialize(argv: Sequence[str], from_run: bool = False) -> Config:
     }
     stop_on(
         problem + _origins(problem, layers)
-        for problem in config_checks.impossible_combinations(values)
+        for problem in config_checks.impossible_combinations(values, reads_files)
     )
     return Config(values)
 
