@@ -16,13 +16,17 @@ under the same softmax (`joined`), and has its gradient.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from MaxDraft.layers.norms import soft_cap
+from MaxDraft.sharding import active_rules, partition_spec
 
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 _NOTHING = -1e29  # the maximum of no scores: above MASKED, so that exp(MASKED - it) is 0
@@ -88,7 +92,38 @@ def packed_attention(
     positions: jax.Array | None = None,  # int [B, T] inside each document; needed for chunks
     sinks: jax.Array | None = None,  # [N] scores that take a share of the softmax and give nothing
 ) -> jax.Array:  # [B, T, N, dv]
-    """Causal attention inside each document; softmax in float32. Not differentiable."""
+    """Causal attention inside each document; softmax in float32. Not differentiable.
+
+    Under axis rules each device attends with its own heads and batch rows: which blocks of keys are
+    walked over is then its own affair, and no device waits for another inside the walk.
+    """
+    active = active_rules()
+    ways = 1
+    if active is not None:
+        mesh, rules = active
+        ways = math.prod(mesh.shape[axis] for axis in rules.get("target_heads", ()))
+    if active is None or q.shape[2] % ways or max(ways, k.shape[2]) % min(ways, k.shape[2]):
+        return _packed_attention(q, k, v, segment_ids, positions, sinks, block, scoring)
+    if k.shape[2] < ways:  # every device needs the one key head that its query heads share
+        k, v = (jnp.repeat(x, ways // k.shape[2], axis=2) for x in (k, v))
+
+    def spec(*axes: str | None) -> PartitionSpec:
+        return partition_spec(axes, rules)
+
+    heads, tokens = spec("target_batch", None, "target_heads", None), spec("target_batch", None)
+    given = [q, k, v, segment_ids, positions, sinks]
+    specs = [heads, heads, heads, tokens, tokens, spec("target_heads")]
+    run = jax.shard_map(
+        functools.partial(_packed_attention, block=block, scoring=scoring),
+        mesh=mesh,
+        in_specs=tuple(None if x is None else spec for x, spec in zip(given, specs, strict=True)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return run(*given)
+
+
+def _packed_attention(q, k, v, segment_ids, positions, sinks, block: int, scoring: Scoring):
     rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids.shape)
     first = document_starts(segment_ids)
     if scoring.window:

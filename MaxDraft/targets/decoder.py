@@ -85,7 +85,14 @@ def run_layers(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """-> captured features [B, T, 3H], final normed state [B, T, H], new caches."""
     ropes = dict.fromkeys(getattr(layer.mixer, "rope", None) for layer in dims.layers)
-    rotary = {rope: cos_sin(rope, context.positions) for rope in ropes if rope}
+    rotary = {
+        rope: tuple(
+            constrain(table, "target_batch", None, None)
+            for table in cos_sin(rope, context.positions)
+        )
+        for rope in ropes
+        if rope
+    }
     plan = runs(dims.layers, tuple(capture))
     caches = caches if caches is not None else tuple((None,) * len(run.unit) for run in plan)
 

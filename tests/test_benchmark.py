@@ -1,0 +1,168 @@
+"""The benchmark's counts are right, and it runs where nothing but jax is installed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from MaxDraft import benchmark, compiled_flops, pyconfig
+from MaxDraft.pyconfig import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = str(ROOT / "configs" / "base.yml")
+TARGET = (
+    "target_config={model_type: qwen3, hidden_size: 64, intermediate_size: 96, "
+    "num_hidden_layers: 8, num_attention_heads: 8, num_key_value_heads: 4, head_dim: 8, "
+    "vocab_size: 128, tie_word_embeddings: false, rope_theta: 1.0e6}"
+)
+SMALL = [
+    BASE,
+    TARGET,
+    "dtype=float32",
+    "weight_dtype=float32",
+    "max_target_length=32",
+    "draft_vocab_size=64",
+    "ttt_length=3",
+    "per_device_batch_size=1",
+    "attention_block_size=32",
+    "rollout_block_size=16",
+]
+needs_eight = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs eight devices")
+
+
+def compiled(function, *args):
+    return compiled_flops.count(jax.jit(function).lower(*args).compile().as_text())
+
+
+def test_compiled_products_count_as_often_as_they_run():
+    x = jnp.ones((16, 16))
+    one = 2 * 16**3
+    assert compiled(lambda x: jnp.sin(x @ x), x) == one
+    assert (
+        compiled(lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, length=7)[0], x) == 7 * one
+    )
+
+    def branches(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda: (x @ x) @ (x + x.T), lambda: x @ x)
+
+    assert compiled(branches, x) == 2 * one
+
+    def said(x, n):
+        with jax.named_scope("runs_3_times"):
+            return jax.lax.fori_loop(0, n, lambda _, y: y @ x, x)
+
+    assert compiled(said, x, 5) == 3 * one
+    with pytest.raises(ValueError, match="loop"):
+        compiled(lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: y @ x, x), x, 5)
+
+
+@needs_eight
+def test_what_every_device_repeats_counts_for_every_device():
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    x = jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P("x")))
+    w = jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P()))
+    one = 2 * 16**3
+    assert 8 * compiled(lambda x, w: x @ w, x, w) == one
+    assert 8 * compiled(lambda x, w: w @ w, x, w) == 8 * one
+
+
+def opened(*changes, tokens="all"):
+    keys = {key.split("=")[0]: key for key in [*SMALL[1:], *changes]}
+    config = pyconfig.initialize(["benchmark.py", BASE, *keys.values()], reads_files=False)
+    setting = benchmark.open_setting("x", config, tokens)
+    benchmark.describe(setting, benchmark.compile_step(setting))
+    return setting.said
+
+
+@needs_eight
+@pytest.mark.slow
+def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices():
+    said = opened("ici_fsdp_parallelism=2", "ici_tensor_parallelism=4")
+    parts = dict(said["model_flops"])
+    tokens, H, D, K = said["tokens"], 64, 64, 3
+    # One block of keys holds both halves of the scores, and the backward pass makes them again:
+    # seven products instead of six. Each block of rows makes its teachers' logits over the draft
+    # vocabulary, K - 1 of them for the next block too.
+    parts["target attention"] *= 2
+    parts["draft attention"] *= 2 * 7 / 6
+    parts["teachers"] = 2 * H * D * said["computed_rows"] * (16 + K - 1) / 16
+    rounding = said["computed_rows"] / said["judged_rows"]
+    for name in ("draft layer", "draft attention", "draft LM head", "target LM head"):
+        parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row
+    assert said["traced_flops"] == pytest.approx(sum(parts.values()), rel=0.02)
+    assert tokens == said["positions"] == 8 * 32
+    # A head that every device of a tensor axis repeats would cost three times as much.
+    assert said["traced_flops"] <= said["compiled_flops"] <= 1.05 * said["traced_flops"]
+
+
+@pytest.mark.slow
+def test_more_memory_for_longer_rows_is_in_proportion():
+    bytes_of = [
+        opened(f"max_target_length={T}", "attention_block_size=16")["temporary_bytes"]
+        for T in (512, 1024, 2048)
+    ]
+    first, second = np.diff(bytes_of)
+    assert second < 2.3 * first  # twice the tokens; four times if anything were [T, T]
+
+
+def test_conversations_are_packed_as_trained_and_fill_their_rows():
+    said = opened(
+        "max_target_length=2048", "per_device_batch_size=4", "rollout_block_size=64",
+        "gradient_accumulation_steps=2", tokens="chats",
+    )  # fmt: skip
+    assert said["tokens"] >= 0.97 * said["positions"]
+    assert said["computed_rows"] <= 1.05 * said["judged_rows"]
+    batch = benchmark.conversations(1, 64, 2048, 128)
+    real = batch["segment_ids"] > 0
+    share = (batch["turn_ids"] > 0).sum() / real.sum()
+    assert 0.6 < share < 0.75  # replies are twice as long as requests
+    begins = (batch["positions"] == 0) & real
+    assert (np.diff(batch["segment_ids"], axis=-1)[begins[..., 1:]] == 1).all()
+
+
+@pytest.mark.slow
+def test_a_comparison_alternates_and_everything_is_written(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    flags = [
+        "--steps",
+        "2",
+        "--compare",
+        "rollout_block_size=32 loss=lk_alpha",
+        "--json",
+        str(path),
+    ]
+    assert benchmark.main(["benchmark.py", *SMALL, *flags]) == 0
+    printed = capsys.readouterr().out
+    for words in ("GFLOP a step", "MiB temporary", "tokens/s/device", "MFU", "second / first"):
+        assert words in printed
+    result = json.loads(path.read_text())
+    assert len(result["ratios"]) == 2
+    for said in result["settings"]:
+        assert set(said["breakdown"]) == {"target", "rollout", "loss", "optimizer"}
+        low, median, high = said["step_seconds"]
+        assert 0 < low <= median <= high
+        assert said["computed_rows"] >= said["judged_rows"] > 0
+
+
+def test_it_imports_no_data_pipeline_and_no_checkpoint_library():
+    blocked = "grain orbax safetensors transformers tokenizers tensorboardX sentencepiece"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r})); "
+        f"sys.argv = ['benchmark.py']; sys.path.insert(0, 'MaxDraft'); import benchmark; "
+        f"sys.exit(benchmark.main(['benchmark.py', *{[*SMALL, '--compile_only']!r}]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "compile " in ran.stdout
+
+
+def test_a_model_without_dimensions_is_an_error_that_says_what_to_give():
+    with pytest.raises(ConfigError, match="target_config"):
+        benchmark.main(["benchmark.py", BASE])
