@@ -37,6 +37,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from MaxDraft import compiled_flops, flops, pyconfig, sharding, traced_flops
 from MaxDraft.drafts import alignment, losses
 from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.head_dims import head_dims
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.packing import pack_rows
 from MaxDraft.layers import params as parameters
@@ -45,7 +46,6 @@ from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.sharding import ShardingError
 from MaxDraft.targets import plan, registry
 from MaxDraft.targets.dims import DecoderDims, TargetError
-from MaxDraft.targets.draft_shape import head_dims
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.train_step import Frozen, Programs, TrainState, make_programs
 

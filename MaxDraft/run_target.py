@@ -17,13 +17,13 @@ from MaxDraft.convert import head_import, target_checkpoint
 from MaxDraft.convert.kept import keep_quantized
 from MaxDraft.convert.quantization import check_quantization
 from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.head_dims import head_dims
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import Rope
 from MaxDraft.metric_logger import say
 from MaxDraft.pyconfig import Config
 from MaxDraft.targets import plan, registry
 from MaxDraft.targets.dims import DecoderDims, TargetError
-from MaxDraft.targets.draft_shape import head_dims
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target.build import ensure_tiny_target
 
