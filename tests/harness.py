@@ -201,6 +201,7 @@ def from_rows(rows):
     assert isinstance(rows, reference.Rows)
     return losses.RowResults(
         loss=jnp.asarray(flat(rows.loss), jnp.float32),
+        cross_entropy=jnp.asarray(flat(rows.loss), jnp.float32),
         correct=jnp.asarray(flat(rows.correct)),
         alpha=jnp.asarray(flat(rows.alpha), jnp.float32),
     )

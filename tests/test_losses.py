@@ -57,6 +57,13 @@ def test_metrics_equal_counting():
         np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5)
     np.testing.assert_allclose(ours["loss_by_step"], expected["loss"], rtol=1e-5)
     assert ours["loss"] == pytest.approx(reference.total_loss(rows), rel=1e-5)
+    for name, value in (
+        ("kl", rows.loss),
+        ("lk_alpha", -np.log(rows.alpha)),
+        ("lk_hybrid", np.exp(-3 * rows.alpha) * (rows.loss - (1 - rows.alpha)) + 1 - rows.alpha),
+    ):
+        expected = reference.total_loss(dataclasses.replace(rows, loss=value))
+        assert ours[name] == pytest.approx(expected, rel=1e-5)
     assert 0.2 < min(ours["cond_acc"]) < max(ours["cond_acc"]) < 0.8
 
 
@@ -118,8 +125,7 @@ def test_steps_without_a_row_count_nothing_and_stay_finite():
 def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
     cond_acc = [0.9, 0.5, 0.25, 0.8]
     reached = 1000.0
-    sums = {name: np.ones(K) for name in ("loss_sum", "counted_rows", "aligned_rows")}
-    sums |= {name: np.ones(K) for name in ("correct_rows", "alpha_sum")}
+    sums = {name: np.ones(K) for name in metrics.SUMS}
     sums |= {
         "reached_rows": np.full(K, reached),
         "reached_correct_rows": reached * np.array(cond_acc),
@@ -288,6 +294,7 @@ def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
     expected, values, alphas = judged_plainly(given, loss)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(rows.loss, values, rtol=1e-5)
+    np.testing.assert_allclose(rows.cross_entropy, judged_plainly(given, "kl")[1], rtol=1e-5)
     np.testing.assert_allclose(rows.alpha, alphas, rtol=1e-5)
     guesses = (given["hidden"] @ given["lm_head"]).argmax(-1)
     best = np.stack([given["best"][k : k + len(guesses[k])] for k in range(len(guesses))])

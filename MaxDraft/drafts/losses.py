@@ -62,7 +62,8 @@ class Judge:
 class RowResults:
     """Per step and row; float32 or bool [K, R]. Rows without a teacher hold garbage."""
 
-    loss: jax.Array
+    loss: jax.Array  # the one that is trained
+    cross_entropy: jax.Array  # - sum_v p_v log q_v
     correct: jax.Array  # bool: the target's full-vocabulary argmax has the head's greatest logit
     alpha: jax.Array  # sum_v min(p_full(v), q(v)), p over all V tokens
 
@@ -119,8 +120,9 @@ def _all_steps(hidden, lm_head, d_head, judge, weights, loss, *, gradient: bool)
         of_best = jnp.take_along_axis(z, jnp.maximum(best, 0)[:, None], axis=1)[:, 0]
         p_full = p * inside[:, None]
         alpha = jnp.minimum(p_full, q).sum(-1)
-        value, towards_p, towards_alpha = _value(loss, log_sum - (p * z).sum(-1), alpha)
-        result = RowResults(value, (best >= 0) & (of_best >= most), alpha)
+        cross_entropy = log_sum - (p * z).sum(-1)
+        value, towards_p, towards_alpha = of_row(loss, cross_entropy, alpha)
+        result = RowResults(value, cross_entropy, (best >= 0) & (of_best >= most), alpha)
         if not gradient:
             return d_head, (result, None)
         d_z = (row_weights * towards_p)[:, None] * (q - p)
@@ -139,7 +141,7 @@ def _all_steps(hidden, lm_head, d_head, judge, weights, loss, *, gradient: bool)
     return total, results, d_hidden, d_head
 
 
-def _value(
+def of_row(
     loss: str, cross_entropy: jax.Array, alpha: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """-> the loss of each row, and its derivatives by the cross-entropy and by alpha."""

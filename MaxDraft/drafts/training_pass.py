@@ -193,7 +193,7 @@ def _place(rows: jax.Array, x: jax.Array) -> jax.Array:
 
 def _nothing(aligned: jax.Array) -> RowResults:
     zeros = jnp.zeros(aligned.shape, jnp.float32)
-    return RowResults(zeros, zeros.astype(bool), zeros)
+    return RowResults(zeros, zeros, zeros.astype(bool), zeros)
 
 
 def _put(results: RowResults, rows: jax.Array, found: RowResults) -> RowResults:
