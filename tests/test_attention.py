@@ -8,6 +8,7 @@ import pytest
 
 from MaxDraft.layers.attention import (
     Keys,
+    Scoring,
     cached_attention,
     document_starts,
     joined,
@@ -120,6 +121,58 @@ def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_head
     _, _, twice = pull_back((jnp.asarray(direction, jnp.float32), d_keys))
     for once, sum_of_two in zip((d_keys.k, d_keys.v), (twice.k, twice.v), strict=True):
         np.testing.assert_allclose(sum_of_two, 2 * once, rtol=1e-5, atol=1e-6)
+
+
+SCORINGS = {
+    "plain": (Scoring(), False),
+    "window": (Scoring(window=3, scale=0.3), False),
+    "chunk": (Scoring(chunk=4), False),
+    "softcap": (Scoring(softcap=1.5), True),
+}
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+@pytest.mark.parametrize("block", [5, 100])
+def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, block):
+    scoring, with_sinks = SCORINGS[name]
+    arrays = [*make(0), np.random.default_rng(2).normal(size=4)]
+    direction = np.random.default_rng(1).normal(size=arrays[0].shape)
+    positions = np.arange(SEGMENTS.shape[1]) - np.asarray(document_starts(jnp.asarray(SEGMENTS)))
+
+    def plainly(q, k, v, sinks):
+        k, v = jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
+        scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        scores = jnp.einsum("bind,bjnd->bnij", q, k) * scale
+        if scoring.softcap:
+            scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+        rows = np.arange(SEGMENTS.shape[1])
+        behind = rows[:, None] - rows
+        seen = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (behind >= 0)
+        if scoring.window:
+            seen &= behind < scoring.window
+        if scoring.chunk:
+            chunks = positions // scoring.chunk
+            seen &= chunks[:, :, None] == chunks[:, None]
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        column = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        if with_sinks:
+            scores = jnp.concatenate([scores, column], -1)
+        weights = jax.nn.softmax(scores, -1)[..., : len(rows)]
+        return (jnp.einsum("bnij,bjnd->bind", weights, v) * direction).sum()
+
+    def ours(q, k, v, sinks):
+        given = {"scoring": scoring, "positions": jnp.asarray(positions)}
+        given["sinks"] = sinks if with_sinks else None
+        out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block, **given)
+        return (out * direction).sum().astype(jnp.float32)
+
+    with jax.enable_x64(True):
+        expected = jax.value_and_grad(plainly, (0, 1, 2, 3))(*(jnp.asarray(x) for x in arrays))
+        expected = jax.tree.map(np.asarray, expected)
+    found = jax.value_and_grad(ours, (0, 1, 2, 3))(*narrow(arrays))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-4)
+    for mine, theirs in list(zip(found[1], expected[1], strict=True))[: 3 + with_sinks]:
+        assert harness.relative_error(mine, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("block", [1, 4, 7, 32])

@@ -11,7 +11,7 @@ from MaxDraft.metric_logger import MetricLogger
 def step(tokens, correct, aligned):
     one = np.ones(2, np.float32)
     return {
-        **{name: 3 * one for name in ("loss_sum", "kl_sum", "lk_hybrid_sum", "lk_alpha_sum")},
+        **dict.fromkeys(("loss_sum", "kl_sum", "lk_hybrid_sum", "lk_alpha_sum"), 3 * one),
         "counted_rows": 2 * one,
         "aligned_rows": aligned * one,
         "correct_rows": correct * one,

@@ -92,7 +92,7 @@ def packed_attention(
     positions: jax.Array | None = None,  # int [B, T] inside each document; needed for chunks
     sinks: jax.Array | None = None,  # [N] scores that take a share of the softmax and give nothing
 ) -> jax.Array:  # [B, T, N, dv]
-    """Causal attention inside each document; softmax in float32. Not differentiable.
+    """Causal attention inside each document; softmax in float32.
 
     Under axis rules each device attends with its own heads and batch rows: which blocks of keys are
     walked over is then its own affair, and no device waits for another inside the walk.
@@ -130,11 +130,33 @@ def _packed_attention(q, k, v, segment_ids, positions, sinks, block: int, scorin
         first = jnp.maximum(first, rows - scoring.window + 1)
     if scoring.chunk:
         first = jnp.maximum(first, rows - positions % scoring.chunk)
-    out, log_sum = _forward(q, Keys.of(k, v, block), first, rows, scoring)
+    out, log_sum = _whole_attention(q, k, v, first, rows, block, scoring)
     if sinks is not None:
         share = jax.nn.sigmoid(log_sum - sinks.astype(jnp.float32))
         out = out * share[..., None].astype(out.dtype)
     return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _whole_attention(q, k, v, first, last, block: int, scoring: Scoring):
+    """-> out [B, T, N, dv], log_sum float32 [B, T, N]; with gradients to q, k and v."""
+    return _forward(q, Keys.of(k, v, block), first, last, scoring)
+
+
+def _whole_attention_forward(q, k, v, first, last, block, scoring):
+    out = _whole_attention(q, k, v, first, last, block, scoring)
+    return out, (q, k, v, first, last, *out)
+
+
+def _whole_attention_backward(block, scoring, kept, cotangents):
+    q, k, v, *rest = kept
+    keys = Keys.of(k, v, block)
+    d_q, gradients = _backward(q, keys, *rest, *cotangents, keys.zeros(), scoring)
+    d_k, d_v = gradients.arrays(k.shape[1])
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_whole_attention.defvjp(_whole_attention_forward, _whole_attention_backward)
 
 
 # ------------------------------------------------------------------------------------ any rows
@@ -162,7 +184,7 @@ def _row_attention_forward(q, keys, gradients, first, last):
 
 def _row_attention_backward(kept, cotangents):
     *d_out, so_far = cotangents
-    d_q, gradients = _backward(*kept, *d_out, so_far)
+    d_q, gradients = _backward(*kept, *d_out, so_far, PLAIN)
     return d_q, None, gradients, None, None
 
 
@@ -261,7 +283,7 @@ def _forward(q, keys, first, last, scoring):
     return queries.merge(out), queries.merge(log_sum)[..., 0]
 
 
-def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys):
+def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys, scoring):
     """-> gradient to q, and so_far with that to the keys.
 
     Weights are made again from the scores and their log sum.
@@ -272,13 +294,18 @@ def _backward(q, keys, first, last, out, log_sum, d_out, d_log_sum, so_far: Keys
 
     def of_queries(total, given):
         q, first, last, d_out, log_sum, offset = given
-        walk = _Walk(keys, first, last, queries.size, PLAIN)
+        walk = _Walk(keys, first, last, queries.size, scoring)
 
         def add_keys(j, carry):
             d_q, total = carry
-            weights = jnp.exp(walk.scores(q, j) - log_sum)
+            scores = walk.scores(q, j)
+            weights = jnp.exp(scores - log_sum)
             d_weights = _product("bmkd,bmdr->bmkr", walk.block(keys.v, j), d_out)
-            d_scores = (weights * (d_weights - offset) * walk.scale()).astype(q.dtype)
+            d_scores = weights * (d_weights - offset) * walk.scale()
+            if scoring.softcap:  # of cap tanh(x / cap); no slope where a key is masked
+                slope = 1 - (jnp.maximum(scores, -scoring.softcap) / scoring.softcap) ** 2
+                d_scores = d_scores * slope
+            d_scores = d_scores.astype(q.dtype)
 
             def add(sums, rows, values):
                 added = walk.block(sums, j) + _product("bmkr,bmdr->bmkd", rows, values)
