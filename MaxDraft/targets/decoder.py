@@ -176,7 +176,7 @@ def full_vocabulary(
         most = scores.max(-1, keepdims=True)
         ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
         new = (
-            jnp.where(scores == most, ids, ids[-1]).min(-1),  # the first of the greatest
+            jnp.where(scores < most, ids[-1], ids).min(-1),  # the first of the greatest, or of NaN
             most[..., 0] + jnp.log(jnp.exp(scores - most).sum(-1)),
         )
         return tuple(
