@@ -90,6 +90,10 @@ class Setting:
     compiled: Any = None
     said: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def precision(self):
+        """Context in which its programs are traced."""
+        return jax.default_matmul_precision(self.config.matmul_precision)
+
 
 # ---------------------------------------------------------------------------------------- settings
 def open_setting(name: str, config: Config, tokens: str) -> Setting:
@@ -100,7 +104,6 @@ def open_setting(name: str, config: Config, tokens: str) -> Setting:
             f"model_name={config.model_name} has no target_config; name a model of "
             f"configs/models/ that has one, or give target_config='{{model_type: ..., ...}}'"
         )
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     target = registry.dims_from_config(UNSAID | _layer_kinds(fields) | fields)
     head = head_dims(config, target)
     capture = plan.check_capture(config.target_layer_ids, target.num_layers)
@@ -145,14 +148,14 @@ def whole_rows(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarray]
 def conversations(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarray]:
     """Packed conversations, cut at T: requests and replies of exponential lengths, in turn."""
     rng = np.random.default_rng(0)
-    many = max(2 * A * B * T // round(EXCHANGES * (REQUEST + REPLY)), 2000)
-    turns = []
-    for _ in range(many):
-        exchanges = rng.geometric(1 / EXCHANGES)
-        lengths = 1 + rng.exponential(np.tile([REQUEST - 1, REPLY - 1], exchanges)).astype(int)
-        numbers = np.stack([np.zeros(exchanges), 1 + np.arange(exchanges)], 1).ravel()
-        turns.append(np.repeat(numbers, lengths)[:T].astype(np.int32))
-    rows = pack_rows(np.array([len(turn) for turn in turns]), T, seed=0)
+    turns, rows = [], []
+    while len(rows) < A * B:
+        for _ in range(2000):
+            exchanges = rng.geometric(1 / EXCHANGES)
+            lengths = 1 + rng.exponential(np.tile([REQUEST - 1, REPLY - 1], exchanges)).astype(int)
+            numbers = np.stack([np.zeros(exchanges), 1 + np.arange(exchanges)], 1).ravel()
+            turns.append(np.repeat(numbers, lengths)[:T].astype(np.int32))
+        rows = pack_rows(np.array([len(turn) for turn in turns]), T, seed=0)
     batch = {
         name: np.zeros((A * B, T), np.int32) for name in ("segment_ids", "positions", "turn_ids")
     }
@@ -186,8 +189,8 @@ def compile_step(setting: Setting) -> tuple[TrainState, Frozen, dict[str, Any]]:
         },
     )
     start = time.perf_counter()
-    lowered = setting.programs.train.lower(*shapes)
-    setting.compiled = lowered.compile()
+    with setting.precision():
+        setting.compiled = setting.programs.train.lower(*shapes).compile()
     memory = setting.compiled.memory_analysis()
     setting.said |= {
         "compile_seconds": time.perf_counter() - start,
@@ -229,6 +232,8 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
     setting.said |= {
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": dict(mesh.shape),
+        "weights": config.weight_dtype
+        + (" (keep is not measured)" if config.target_quantization == "keep" else ""),
         "positions": real.size,
         "tokens": int(real.sum()),
         "judged_rows": int(judged.sum()),
@@ -370,6 +375,7 @@ def table(setting: Setting) -> str:
         f"({said['tokens'] / said['positions']:.1%})",
         f"  rows             {said['judged_rows']:,} judged, {said['computed_rows']:,} computed "
         f"({said['computed_rows'] / max(said['judged_rows'], 1):.3f} x)",
+        f"  weights          {said['weights']}",
         f"  compile          {said['compile_seconds']:.1f} s",
         f"  bytes            {said['temporary_bytes'] / 2**20:,.0f} MiB temporary, "
         f"{said['argument_bytes'] / 2**20:,.0f} MiB arguments, a device",
@@ -423,8 +429,9 @@ def measure(settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int) 
             "tokens_per_second_per_device": said["tokens"] / median / one.setting.mesh.size,
             "matmul_peak": peak,
             "mfu_of_measured": rate / peak,
-            "breakdown": one.breakdown(max(3, steps // 2)),
         }
+        with one.setting.precision():
+            said["breakdown"] = one.breakdown(max(3, steps // 2))
         kind = one.setting.mesh.devices.flat[0].device_kind
         if kind in PEAK:
             said["mfu"] = rate / PEAK[kind]
@@ -439,6 +446,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compare", default="")
     parser.add_argument("--json", default="")
     flags, keys = parser.parse_known_args(argv[1:])
+    if flags.steps < 1:
+        parser.error("--steps must be 1 or more")
+    if flags.json and not Path(flags.json).absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {Path(flags.json).absolute().parent}")
     variants = [keys]
     if flags.compare:
         others = flags.compare.split()

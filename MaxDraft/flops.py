@@ -68,7 +68,7 @@ def _used(param: Param, layer: Layer) -> float:
     return math.prod(param.shape) if len(param.shape) == 2 else 0.0
 
 
-def _mixing(layer: Layer, length: int) -> float:
+def _mixing(layer: Layer, length: float) -> float:
     """Scores and their sum over values, of one token in the middle of a row."""
     match layer.mixer:
         case Attention() as a:
@@ -80,7 +80,7 @@ def _mixing(layer: Layer, length: int) -> float:
             return 3 * 2 * a.num_v_heads * a.k_dim * a.v_dim
 
 
-def _seen(length: int, window: int, chunk: int) -> float:
+def _seen(length: float, window: int, chunk: int) -> float:
     """Keys that a token sees, on average over a row."""
     if window and window < length:
         return window - window * (window - 1) / (2 * length)

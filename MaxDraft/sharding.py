@@ -92,6 +92,14 @@ def active_rules() -> tuple[Mesh, dict[str, tuple[str, ...]]] | None:
     return _active.get()
 
 
+def ways(axis: str) -> int:
+    """How many devices share a logical axis under the active rules; 1 outside."""
+    if _active.get() is None:
+        return 1
+    mesh, rules = _active.get()
+    return int(np.prod([mesh.shape[name] for name in rules.get(axis, ())]))
+
+
 def partition_spec(axes: Sequence[str | None], rules: dict[str, tuple[str, ...]]) -> PartitionSpec:
     """Logical axes of one array -> PartitionSpec; a mesh axis may serve one dimension only."""
     parts, used = [], set()

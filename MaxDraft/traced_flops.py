@@ -6,8 +6,8 @@ it: padding, recomputation and masked work included. What depends on the data co
     cond        the most expensive branch; of lax.platform_dependent the platform's
     ragged_dot  every row once, with one group's matrix (so TPU has it; see layers/experts.py)
     shard_map   the body on every device
-    while       as often as the innermost scope around it says, "runs_N_times"; without one nobody
-                knows: an error where the body multiplies
+    while       as often as the innermost scope around it says, "runs_N_times" (attention: on
+                average over a full row); without one nobody knows: an error where it multiplies
 """
 
 from __future__ import annotations

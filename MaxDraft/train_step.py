@@ -109,7 +109,8 @@ def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
             warmup_steps=warmup,
             decay_steps=max(total_steps, warmup + 1),
         )
-    decay = max(round(config.decay_steps_fraction * total_steps), 1)
+    decay = min(round(config.decay_steps_fraction * total_steps), total_steps - warmup)
+    decay = max(decay, 1)
     return optax.join_schedules(
         [
             optax.linear_schedule(first, config.learning_rate, warmup),

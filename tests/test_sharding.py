@@ -90,7 +90,7 @@ def step_on(layout, devices=8):
 
 @pytest.mark.slow
 @needs_eight
-@pytest.mark.parametrize("layout", ["replicated", "fsdp", "tensor", "mixed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
     # Moments are linear and quadratic in the gradient: they compare gradients without a division.
     expected = step_on((1, 1, 1, 1), devices=1)

@@ -158,6 +158,8 @@ def test_wsd_rises_stays_and_falls_to_zero_in_a_line():
     assert rates[0] == pytest.approx(0.01 / 11)
     np.testing.assert_allclose(rates[10:81], 0.01, rtol=1e-6)
     np.testing.assert_allclose(rates[80:], np.linspace(0.01, 0, 21), atol=1e-9)
+    crowded = config("learning_rate_schedule=wsd", "decay_steps_fraction=0.9", warmup=0.5)
+    assert float(learning_rate_schedule(crowded, 100)(100)) == pytest.approx(0.0, abs=1e-9)
     constant = learning_rate_schedule(
         config("learning_rate_schedule=wsd", "decay_steps_fraction=0"), 10
     )
@@ -245,6 +247,7 @@ def test_no_intermediate_holds_every_logit_or_every_attention_score():
     assert f"tensor<{rows_}x{length}x{TARGET.hidden_size}xf32>" in text  # the shape is spelled so
     for forbidden in (
         f"{rows_}x{length}x{TARGET.vocab_size}xf32",
+        f"{rows_}x8x{TARGET.vocab_size}xf32",  # eight positions in all, not of each row
         f"{rows_}x{length}x{len(IDS)}xf32",
         f"{rows_ * length}x{len(IDS)}xf32",
         f"x{length}x{length}xf32",

@@ -130,7 +130,8 @@ def _all_steps(hidden, lm_head, d_head, judge, weights, loss, *, gradient: bool)
             lower = jnp.where(q < p_full, q, 0.0)
             d_alpha = lower - q * lower.sum(-1, keepdims=True)
             d_z += (row_weights * towards_alpha)[:, None] * d_alpha
-        d_z = d_z.astype(hidden.dtype)
+        # Whatever a row without weight holds, its teacher may not be one at all.
+        d_z = jnp.where(row_weights[:, None] > 0, d_z, 0.0).astype(hidden.dtype)
         d_state = jnp.matmul(d_z, weight.T)
         d_head += jnp.einsum("rh,rd->hd", state, d_z, preferred_element_type=jnp.float32)
         return d_head, (result, d_state)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from MaxDraft.layers.norms import soft_cap
-from MaxDraft.sharding import active_rules, partition_spec
+from MaxDraft.sharding import active_rules, partition_spec, ways
 
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 _NOTHING = -1e29  # the maximum of no scores: above MASKED, so that exp(MASKED - it) is 0
@@ -97,15 +96,12 @@ def packed_attention(
     Under axis rules each device attends with its own heads and batch rows: which blocks of keys are
     walked over is then its own affair, and no device waits for another inside the walk.
     """
-    active = active_rules()
-    ways = 1
-    if active is not None:
-        mesh, rules = active
-        ways = math.prod(mesh.shape[axis] for axis in rules.get("target_heads", ()))
-    if active is None or q.shape[2] % ways or max(ways, k.shape[2]) % min(ways, k.shape[2]):
+    active, shares, kv_heads = active_rules(), ways("target_heads"), k.shape[2]
+    if active is None or q.shape[2] % shares or max(shares, kv_heads) % min(shares, kv_heads):
         return _packed_attention(q, k, v, segment_ids, positions, sinks, block, scoring)
-    if k.shape[2] < ways:  # every device needs the one key head that its query heads share
-        k, v = (jnp.repeat(x, ways // k.shape[2], axis=2) for x in (k, v))
+    if kv_heads < shares:  # every device needs the one key head that its query heads share
+        k, v = (jnp.repeat(x, shares // kv_heads, axis=2) for x in (k, v))
+    mesh, rules = active
 
     def spec(*axes: str | None) -> PartitionSpec:
         return partition_spec(axes, rules)

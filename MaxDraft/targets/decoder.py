@@ -24,7 +24,7 @@ from MaxDraft.layers.mlp import gated_mlp
 from MaxDraft.layers.norms import rms_norm, soft_cap
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import cos_sin
-from MaxDraft.sharding import constrain
+from MaxDraft.sharding import constrain, ways
 from MaxDraft.targets.dims import Attention, DecoderDims, DeltaNet, LatentAttention, Layer
 from MaxDraft.targets.mixers import (
     Context,
@@ -161,10 +161,11 @@ def full_vocabulary(
 ) -> tuple[jax.Array, jax.Array]:  # int32 [B, T], float32 [B, T]
     """The target's argmax over all V tokens, and log sum exp of its logits, where they are wanted.
 
-    Zeros elsewhere. Wanted positions are put first; logits exist for `block` of each row at a time.
+    Zeros elsewhere. Wanted positions are put first; a device has the logits of about `block`
+    positions at a time, shared out among its rows.
     """
     length = last.shape[1]
-    block = min(block, length)
+    block = min(max(block * ways("target_batch") // len(last), 1), length)
     order = jnp.argsort(~wanted, axis=1, stable=True)
     places = jnp.pad(order, ((0, 0), (0, -length % block)))
     blocks = places.shape[1] // block
