@@ -57,6 +57,13 @@ def _yarn(theta, **fields):
     return {"rope_theta": theta, "rope_scaling": scaling | fields}
 
 
+def _windowed(layers):
+    """Qwen's windows: every other layer."""
+    kinds = ["sliding_attention", "full_attention"] * layers
+    fields = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 0}
+    return {**fields, "layer_types": kinds[:layers]}
+
+
 # The dense families that were here first keep the numbers of their files.
 _OLD = {k: v for k, v in _COMMON.items() if not k.endswith("_token_id")}
 _LLAMA = {**_OLD, "model_type": "llama"}
@@ -258,6 +265,15 @@ CONFIGS = {
         "head_dim": 24,
         "attention_bias": False,
     },
+    "qwen2_window": {**_QWEN2, **_rope(theta=1000000.0), **_windowed(7)},
+    "qwen3_window": {
+        **_OLD,
+        **_rope(theta=1000000.0),
+        **_windowed(8),
+        "model_type": "qwen3",
+        "head_dim": 24,
+        "attention_bias": True,
+    },
     "qwen2_moe": {
         **_COMMON,
         **_EXPERTS,
@@ -287,6 +303,17 @@ CONFIGS = {
         "mlp_only_layers": [0, 3],
         "use_sliding_window": False,
         "sliding_window": None,
+    },
+    "qwen2_moe_window": {
+        **_COMMON,
+        **_EXPERTS,
+        **_windowed(8),
+        "model_type": "qwen2_moe",
+        "rope_theta": 1000000.0,
+        "qkv_bias": True,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     },
     "deepseek_v2": {**_DEEPSEEK_V2, "attention_bias": True},
     "deepseek_v2_lite": {
@@ -354,6 +381,23 @@ CONFIGS = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.8,
         "num_nextn_predict_layers": 1,
+    },
+    "glm4_moe_lite_yarn": {
+        **_COMMON,
+        **_LATENT,
+        **_yarn(1000000.0, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=0.707),
+        "model_type": "glm4_moe_lite",
+        "attention_bias": True,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.8,
     },
     "minimax_m2": {
         **_COMMON,
