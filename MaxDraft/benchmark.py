@@ -39,7 +39,7 @@ from MaxDraft.drafts import alignment, losses
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.head_dims import head_dims
 from MaxDraft.input_pipeline.errors import DataError
-from MaxDraft.input_pipeline.packing import pack_rows
+from MaxDraft.input_pipeline.synthetic import conversations, document_lengths, whole_rows
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config, ConfigError
@@ -70,10 +70,6 @@ PEAK = {
     "NVIDIA H200": 989e12,
 }
 
-# Mean tokens of a request and of a reply in ShareGPT (Kwon et al. 2023, figure 11); turns as in a
-# sample with about 3.5 exchanges.
-REQUEST, REPLY, EXCHANGES = 161, 338, 3.5
-
 
 @dataclasses.dataclass
 class Setting:
@@ -98,13 +94,7 @@ class Setting:
 # ---------------------------------------------------------------------------------------- settings
 def open_setting(name: str, config: Config, tokens: str) -> Setting:
     """Dimensions, mesh and programs of a configuration; nothing is compiled yet."""
-    fields = dict(config.target_config)
-    if not fields:
-        raise ConfigError(
-            f"model_name={config.model_name} has no target_config; name a model of "
-            f"configs/models/ that has one, or give target_config='{{model_type: ..., ...}}'"
-        )
-    target = registry.dims_from_config(UNSAID | _layer_kinds(fields) | fields)
+    target = target_dims(config)
     head = head_dims(config, target)
     capture = plan.check_capture(config.target_layer_ids, target.num_layers)
     mesh = sharding.make_mesh(
@@ -126,49 +116,23 @@ def open_setting(name: str, config: Config, tokens: str) -> Setting:
     )
 
 
+def target_dims(config: Config) -> DecoderDims:
+    """Dimensions of the target that a model file was written for."""
+    fields = dict(config.target_config)
+    if not fields:
+        raise ConfigError(
+            f"model_name={config.model_name} has no target_config; name a model of "
+            f"configs/models/ that has one, or give target_config='{{model_type: ..., ...}}'"
+        )
+    return registry.dims_from_config(UNSAID | _layer_kinds(fields) | fields)
+
+
 def _layer_kinds(fields: dict[str, Any]) -> dict[str, Any]:
     """gpt-oss alternates; its model files do not say it again for every layer."""
     if fields.get("model_type") != "gpt_oss":
         return {}
     kinds = ["sliding_attention", "full_attention"] * fields["num_hidden_layers"]
     return {"layer_types": kinds[: fields["num_hidden_layers"]]}
-
-
-def whole_rows(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarray]:
-    """One document in every row, the assistant's from its first token."""
-    ones = np.ones((A, B, T), np.int32)
-    return {
-        "tokens": np.random.default_rng(0).integers(0, vocab_size, ones.shape).astype(np.int32),
-        "segment_ids": ones,
-        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), ones.shape).copy(),
-        "turn_ids": ones,
-    }
-
-
-def conversations(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarray]:
-    """Packed conversations, cut at T: requests and replies of exponential lengths, in turn."""
-    rng = np.random.default_rng(0)
-    turns, rows = [], []
-    while len(rows) < A * B:
-        for _ in range(2000):
-            exchanges = rng.geometric(1 / EXCHANGES)
-            lengths = 1 + rng.exponential(np.tile([REQUEST - 1, REPLY - 1], exchanges)).astype(int)
-            numbers = np.stack([np.zeros(exchanges), 1 + np.arange(exchanges)], 1).ravel()
-            turns.append(np.repeat(numbers, lengths)[:T].astype(np.int32))
-        rows = pack_rows(np.array([len(turn) for turn in turns]), T, seed=0)
-    batch = {
-        name: np.zeros((A * B, T), np.int32) for name in ("segment_ids", "positions", "turn_ids")
-    }
-    for row in range(A * B):
-        at = 0
-        for number, document in enumerate(rows[row], 1):
-            turn = turns[document]
-            here = np.s_[row, at : at + len(turn)]
-            batch["segment_ids"][here], batch["turn_ids"][here] = number, turn
-            batch["positions"][here] = np.arange(len(turn))
-            at += len(turn)
-    batch["tokens"] = rng.integers(0, vocab_size, (A * B, T)).astype(np.int32)
-    return {name: x.reshape(A, B, T) for name, x in batch.items()}
 
 
 # ------------------------------------------------------------------------------------- what it does
@@ -218,7 +182,7 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
     of_device = judged.reshape(A, mesh.size, -1).sum((0, 2))
     block = min(config.rollout_block_size, A * B * T // mesh.size)
     real = batch["segment_ids"] > 0
-    lengths = _document_lengths(batch["segment_ids"])
+    lengths = document_lengths(batch["segment_ids"])
     per_token = flops.per_token(
         setting.target,
         setting.head,
@@ -245,12 +209,6 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         setting.said["compiled_flops"] = mesh.size * compiled_flops.count(
             setting.compiled.as_text()
         )
-
-
-def _document_lengths(segment_ids: np.ndarray) -> np.ndarray:
-    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
-    counts = [np.unique(row[row > 0], return_counts=True)[1] for row in rows]
-    return np.concatenate(counts).astype(np.float64)
 
 
 # -------------------------------------------------------------------------------------- how long

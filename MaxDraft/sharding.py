@@ -80,7 +80,7 @@ def scatter_sum(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """Inside a shard_map over all of `mesh`: this device's part, by `spec`, of the sum of all x."""
     left = list(mesh.axis_names)
     for dim, part in enumerate(spec):
-        axes = (part,) if isinstance(part, str) else (part or ())
+        axes = _mesh_axes(part)
         if axes:
             x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
             left = [axis for axis in left if axis not in axes]
@@ -90,6 +90,11 @@ def scatter_sum(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
 def active_rules() -> tuple[Mesh, dict[str, tuple[str, ...]]] | None:
     """The mesh and {logical axis: mesh axes} of the innermost `axis_rules`; None outside."""
     return _active.get()
+
+
+def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one dimension of a PartitionSpec names."""
+    return (part,) if isinstance(part, str) else (part or ())
 
 
 def ways(axis: str) -> int:
@@ -124,11 +129,11 @@ def named_sharding(mesh: Mesh, rules: Rules, axes: Sequence[str | None]) -> Name
 def check_divisible(name: str, shape: Sequence[int], sharding: NamedSharding) -> None:
     """Raises ShardingError where a dimension is not a multiple of the devices that share it."""
     for dim, part in zip(shape, sharding.spec, strict=False):
-        mesh_axes = (part,) if isinstance(part, str) else (part or ())
-        ways = int(np.prod([sharding.mesh.shape[axis] for axis in mesh_axes]))
-        if dim % ways:
+        mesh_axes = _mesh_axes(part)
+        devices = int(np.prod([sharding.mesh.shape[axis] for axis in mesh_axes]))
+        if dim % devices:
             raise ShardingError(
-                f"{name} has shape {tuple(shape)}: {dim} cannot be split over {ways} devices "
+                f"{name} has shape {tuple(shape)}: {dim} cannot be split over {devices} devices "
                 f"(mesh axes {'+'.join(mesh_axes)}); lower that axis' ici_*_parallelism"
             )
 

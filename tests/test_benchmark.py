@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from MaxDraft import benchmark, compiled_flops, pyconfig
+from MaxDraft.input_pipeline.synthetic import conversations
 from MaxDraft.pyconfig import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def test_conversations_are_packed_as_trained_and_fill_their_rows():
     )  # fmt: skip
     assert said["tokens"] >= 0.97 * said["positions"]
     assert said["computed_rows"] <= 1.05 * said["judged_rows"]
-    batch = benchmark.conversations(1, 64, 2048, 128)
+    batch = conversations(1, 64, 2048, 128)
     real = batch["segment_ids"] > 0
     share = (batch["turn_ids"] > 0).sum() / real.sum()
     assert 0.6 < share < 0.75  # replies are twice as long as requests

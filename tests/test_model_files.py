@@ -15,11 +15,12 @@ import yaml
 from jax.sharding import AbstractMesh
 
 from MaxDraft import pyconfig
-from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.benchmark import target_dims
+from MaxDraft.drafts.eagle3 import head_params
+from MaxDraft.head_dims import head_dims
 from MaxDraft.layers import params
-from MaxDraft.layers.rope import Rope
 from MaxDraft.sharding import fill_parallelism
-from MaxDraft.targets import plan, registry
+from MaxDraft.targets import plan
 from MaxDraft.targets.table import decoder_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,15 +32,6 @@ DRAFT_KEYS = (
     "draft_num_key_value_heads",
     "draft_head_dim",
 )
-# Fields that decide no parameter's shape; a model file leaves them out where releases differ.
-SHAPELESS = {
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 8192,
-    "query_pre_attn_scalar": 256,
-    "floor_scale": 8192,
-    "attn_scale": 0.1,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +66,7 @@ def opening(name):
 
 @pytest.fixture
 def dims(config):
-    fields = SHAPELESS | dict(config.target_config)
-    if fields["model_type"] == "gpt_oss":  # 24 or 36 words, one after the other
-        kinds = ["sliding_attention", "full_attention"] * fields["num_hidden_layers"]
-        fields["layer_types"] = kinds[: fields["num_hidden_layers"]]
-    return registry.dims_from_config(fields)
+    return target_dims(config)
 
 
 @pytest.fixture
@@ -88,19 +76,7 @@ def target(dims):
 
 @pytest.fixture
 def head(config, dims):
-    return head_params(
-        HeadDims(
-            hidden_size=dims.hidden_size,
-            intermediate_size=config.draft_intermediate_size,
-            num_heads=config.draft_num_attention_heads,
-            num_kv_heads=config.draft_num_key_value_heads,
-            head_dim=config.draft_head_dim,
-            draft_vocab_size=config.draft_vocab_size,
-            target_vocab_size=dims.vocab_size,
-            norm_eps=dims.norm_eps,
-            rope=Rope(10000.0, config.draft_head_dim),
-        )
-    )
+    return head_params(head_dims(config, dims))
 
 
 def stated(pattern, text):

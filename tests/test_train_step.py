@@ -12,7 +12,8 @@ from models import CAPTURE, llama, random_head, random_target, tiny_dims, tiny_h
 from MaxDraft import flops, pyconfig, sharding
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers.rope import Rope
-from MaxDraft.train_step import Frozen, learning_rate_schedule, make_programs
+from MaxDraft.optimizer import learning_rate_schedule
+from MaxDraft.train_step import Frozen, make_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = tiny_dims()
