@@ -24,6 +24,17 @@ import pytest  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Compiled programs of a module go when it ends.
+
+    Each holds pieces of the process's address space, of which Linux allows 65,530 (its
+    vm.max_map_count); a worker that keeps the programs of all modules dies of it.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of 24 steps that nothing disturbed, and what it printed."""
