@@ -189,6 +189,7 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         config.ttt_length,
         float((lengths**2).sum() / lengths.sum()),  # a token's document, on average
         float(judged.sum() / real.sum()),
+        config.later_step_share,
     )
     parts = {name: float(value * real.sum()) for name, value in per_token.items()}
     platform = mesh.devices.flat[0].platform
@@ -243,11 +244,11 @@ class Running:
         """Median seconds of the parts, each run alone as a program of its own."""
         parts, state = self.setting.programs.parts, self.state
         seen = parts.target(self.frozen, self.batch)
-        gradient, loss, _ = parts.draft(state.params, self.batch, seen, self.frozen)
+        gradient, loss, _ = parts.draft(state, self.batch, seen, self.frozen)
         times = {
             "target": _median(lambda: parts.target(self.frozen, self.batch), repeats),
             "rollout and loss": _median(
-                lambda: parts.draft(state.params, self.batch, seen, self.frozen), repeats
+                lambda: parts.draft(state, self.batch, seen, self.frozen), repeats
             ),
         }
 

@@ -56,7 +56,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "eval_fraction warmup_steps_fraction decay_steps_fraction adam_b1 adam_b2 muon_beta",
     ),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "max_skipped_fraction"),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, "ttt_loss_decay"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "ttt_loss_decay later_step_share"),
 )
 
 # The one model that makes its own target and data.

@@ -34,7 +34,12 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
     trained = parameters.count(eagle3.head_params(head))
     frozen = parameters.count(decoder_params(target.dims, target.capture))
     cost = flops.per_token(
-        target.dims, head, config.ttt_length, config.max_target_length, run.data.judged_share
+        target.dims,
+        head,
+        config.ttt_length,
+        config.max_target_length,
+        run.data.judged_share,
+        config.later_step_share,
     )
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     say(

@@ -27,7 +27,13 @@ from MaxDraft.drafts import alignment, eagle3, losses, metrics
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.drafts.losses import Teacher
 from MaxDraft.drafts.rollout import Tokens
-from MaxDraft.drafts.training_pass import Judgement, PassDims, judge_rows, loss_and_gradient
+from MaxDraft.drafts.training_pass import (
+    Blocks,
+    Judgement,
+    PassDims,
+    judge_rows,
+    loss_and_gradient,
+)
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.optimizer import beside_their_parameters, learning_rate_schedule, make_optimizer
@@ -82,7 +88,7 @@ class Parts:
     """What `train` is made of, each a program of its own, to be measured alone."""
 
     target: Callable[[Frozen, Batch], Seen]
-    draft: Callable[[Tree, Batch, Seen, Frozen], tuple[Tree, jax.Array, dict[str, jax.Array]]]
+    draft: Callable[[TrainState, Batch, Seen, Frozen], tuple[Tree, jax.Array, dict[str, jax.Array]]]
     optimizer: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -120,7 +126,9 @@ def make_programs(
         attention_block=config.attention_block_size,
         remat=config.remat_policy,
         softcap=target_dims.logit_softcap,
+        later_share=config.later_step_share,
     )
+    every_row = dataclasses.replace(how, later_share=1.0)
     split_batch = sharding.named_sharding(mesh, rules, (None, "draft_batch", None)).spec
 
     def observe(frozen: Frozen, batch: Batch) -> Seen:
@@ -153,8 +161,11 @@ def make_programs(
             batch["turn_ids"], batch["segment_ids"], config.ttt_length, config.loss_alignment
         )
 
-    def on_this_device(batch: Batch, seen: Seen, frozen: DraftFrozen):
-        """-> tokens, judgement and counted rows of all micro-batches, [A, b, T] laid end to end."""
+    def on_this_device(batch: Batch, seen: Seen, frozen: DraftFrozen, how: PassDims, step=None):
+        """-> tokens, judgement, aligned and counted rows of all micro-batches.
+
+        [A, b, T] laid end to end. step: seeds the draw of the rows that run later steps.
+        """
         batch, seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, seen))
         tokens = Tokens.of(seen.embeddings, seen.features, batch["positions"], batch["segment_ids"])
         aligned = aligned_rows(batch)
@@ -162,6 +173,13 @@ def make_programs(
             seen.teacher.best, frozen.target_to_draft >= 0, config.ttt_length
         )
         aligned, counted = (x.reshape(len(x), -1) for x in (aligned, counted))
+        key = None
+        if step is not None:
+            key = jax.random.fold_in(jax.random.key(config.data_shuffle_seed), step)
+            key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
+        blocks = Blocks.of(aligned, how, key)
+        aligned = blocks.run(aligned)
+        counted &= aligned
         if config.loss_denominator == "specforge":
             denominators = jnp.full(config.ttt_length, counted.shape[1], jnp.float32)
         else:
@@ -170,39 +188,40 @@ def make_programs(
             counted, jax.lax.psum(denominators, mesh.axis_names), config.ttt_loss_decay
         )
         teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
-        judgement = Judgement(
-            teacher, frozen.teacher_head, frozen.target_to_draft, aligned, weights
-        )
-        return tokens, judgement, counted
+        judgement = Judgement(teacher, frozen.teacher_head, frozen.target_to_draft, blocks, weights)
+        return tokens, judgement, aligned, counted
 
     def everywhere_at_once(function: Callable, out_specs: Any) -> Callable:
-        """function(params, batch, seen, frozen) on each device, its batch and whole parameters."""
+        """function(batch, seen, *rest) on each device, its batch and the whole of the rest."""
 
-        def alone(*args):
+        def alone(batch, seen, rest):
             with sharding.on_each_device():
-                return function(*args)
+                return function(batch, seen, *rest)
 
-        return jax.shard_map(
+        mapped = jax.shard_map(
             alone,
             mesh=mesh,
-            in_specs=(PartitionSpec(), split_batch, split_batch, PartitionSpec()),
+            in_specs=(split_batch, split_batch, PartitionSpec()),
             out_specs=out_specs,
             check_vma=False,
         )
+        return lambda batch, seen, *rest: mapped(batch, seen, rest)
 
-    def gradients_on_this_device(params: Tree, batch: Batch, seen: Seen, frozen: DraftFrozen):
-        tokens, judgement, counted = on_this_device(batch, seen, frozen)
+    def gradients_on_this_device(
+        batch: Batch, seen: Seen, params: Tree, step: jax.Array, frozen: DraftFrozen
+    ):
+        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen, how, step)
         loss, gradient, results = loss_and_gradient(params, head_dims, tokens, judgement, how)
         gradient = jax.tree.map(
             lambda g, place: sharding.scatter_sum(g, mesh, place.spec), gradient, placement
         )
-        sums = metrics.sums(results, judgement.aligned, counted)
+        sums = metrics.sums(results, aligned, counted)
         return gradient, *jax.lax.psum((loss, sums), mesh.axis_names)
 
-    def judged_on_this_device(params: Tree, batch: Batch, seen: Seen, frozen: DraftFrozen):
-        tokens, judgement, counted = on_this_device(batch, seen, frozen)
-        results = judge_rows(params, head_dims, tokens, judgement, how)
-        return jax.lax.psum(metrics.sums(results, judgement.aligned, counted), mesh.axis_names)
+    def judged_on_this_device(batch: Batch, seen: Seen, params: Tree, frozen: DraftFrozen):
+        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen, every_row)
+        results = judge_rows(params, head_dims, tokens, judgement, every_row)
+        return jax.lax.psum(metrics.sums(results, aligned, counted), mesh.axis_names)
 
     def for_the_draft(frozen: Frozen) -> DraftFrozen:
         ids = frozen.draft_to_target
@@ -213,12 +232,12 @@ def make_programs(
     def seen_by_target(frozen: Frozen, batch: Batch) -> Seen:
         return jax.lax.map(lambda micro: observe(frozen, micro), batch)
 
-    def gradients(params: Tree, batch: Batch, seen: Seen, frozen: Frozen):
+    def gradients(state: TrainState, batch: Batch, seen: Seen, frozen: Frozen):
         """-> gradient where the parameters lie, loss, metrics.sums."""
         places = jax.tree.map(lambda place: place.spec, placement)
         return everywhere_at_once(
             gradients_on_this_device, (places, PartitionSpec(), PartitionSpec())
-        )(params, batch, seen, for_the_draft(frozen))
+        )(batch, seen, state.params, state.step, for_the_draft(frozen))
 
     def update(state: TrainState, gradient: Tree, loss: jax.Array):
         """-> new state, and what the step says of it."""
@@ -238,13 +257,13 @@ def make_programs(
 
     def train(state: TrainState, frozen: Frozen, batch: Batch):
         seen = seen_by_target(frozen, batch)
-        gradient, loss, sums = gradients(state.params, batch, seen, frozen)
+        gradient, loss, sums = gradients(state, batch, seen, frozen)
         new, said = update(state, gradient, loss)
         return new, sums | said | {"tokens": (batch["segment_ids"] > 0).sum()}
 
     def evaluate(params: Tree, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
         return everywhere_at_once(judged_on_this_device, PartitionSpec())(
-            params, batch, seen_by_target(frozen, batch), for_the_draft(frozen)
+            batch, seen_by_target(frozen, batch), params, for_the_draft(frozen)
         )
 
     def initialize(params: Tree | None) -> TrainState:

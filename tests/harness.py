@@ -14,7 +14,13 @@ from MaxDraft.drafts import losses, metrics
 from MaxDraft.drafts.eagle3 import HeadDims, head_params
 from MaxDraft.drafts.losses import Teacher
 from MaxDraft.drafts.rollout import Tokens
-from MaxDraft.drafts.training_pass import Judgement, PassDims, judge_rows, loss_and_gradient
+from MaxDraft.drafts.training_pass import (
+    Blocks,
+    Judgement,
+    PassDims,
+    judge_rows,
+    loss_and_gradient,
+)
 from MaxDraft.layers.params import flatten
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets import decoder
@@ -85,7 +91,7 @@ class Outcome:
 
 @functools.lru_cache
 def _compiled(dims, how, vocab_block, decay, gradients, every_row):
-    def outcome(params, target, batch, draft_ids, inside, aligned, denominators):
+    def outcome(params, target, batch, draft_ids, inside, aligned, denominators, key, only):
         positions = alignments.teacher_positions(aligned)
         teacher = Teacher(
             batch["final"],
@@ -93,6 +99,8 @@ def _compiled(dims, how, vocab_block, decay, gradients, every_row):
                 target, models.tiny_dims(), batch["final"], positions, vocab_block
             ),
         )
+        blocks = Blocks.of(aligned.reshape(len(aligned), -1) | every_row, how, key)
+        aligned = only & blocks.run(aligned.reshape(len(aligned), -1)).reshape(aligned.shape)
         counted = aligned & losses.teacher_in_vocabulary(teacher.best, inside, how.ttt_length)
         counts = counted.sum((1, 2)).astype(jnp.float32)
         denominators = jnp.where(denominators > 0, denominators, counts)
@@ -103,7 +111,7 @@ def _compiled(dims, how, vocab_block, decay, gradients, every_row):
             teacher=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher),
             teacher_head=decoder.draft_head_weight(target, draft_ids),
             target_to_draft=jnp.full(len(inside), -1).at[draft_ids].set(jnp.arange(len(draft_ids))),
-            aligned=aligned.reshape(len(aligned), -1) | every_row,
+            blocks=blocks,
             weights=weights.reshape(len(weights), -1),
         )
         if gradients:
@@ -116,6 +124,7 @@ def _compiled(dims, how, vocab_block, decay, gradients, every_row):
             total,
             gradient,
             jax.tree.map(lambda x: x.reshape(aligned.shape), rows),
+            aligned,
             counted,
             sums,
         )
@@ -138,11 +147,15 @@ def run(
     counts=None,
     gradients=True,
     every_row=False,
+    later_share=1.0,
+    seed=0,
+    only=True,
 ):
     """Rollout, judgement, total and gradients of a problem, in float32.
 
     counts: the denominators [K], where they are taken over more than this batch.
     gradients: False compiles faster. every_row: rolls out those too that nobody judges.
+    later_share, seed: of the blocks that run later steps. only: bool [K, B, T], rows to judge.
     """
     dims, batch = head_dims(problem), problem.batch
     table = head_params(dims)
@@ -165,9 +178,9 @@ def run(
     }
     if counts is None:
         counts = np.zeros(steps) if denominator == "counted" else np.full(steps, turns.size)
-    how = PassDims(steps, loss, row_block, attention_block, remat)
+    how = PassDims(steps, loss, row_block, attention_block, remat, later_share=later_share)
     compiled = _compiled(dims, how, vocab_block, decay, gradients, every_row)
-    total, gradient, rows, counted, sums = compiled(
+    total, gradient, rows, aligned, counted, sums = compiled(
         params,
         target,
         arrays,
@@ -175,6 +188,8 @@ def run(
         jnp.asarray(inside),
         aligned,
         jnp.asarray(counts, jnp.float32),
+        jax.random.key(seed),
+        jnp.broadcast_to(only, aligned.shape),
     )
     sums = {name: np.asarray(value) for name, value in sums.items()}
     return Outcome(

@@ -84,8 +84,9 @@ def opened(*changes, tokens="all"):
 
 @needs_eight
 @pytest.mark.slow
-def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices():
-    said = opened("ici_fsdp_parallelism=2", "ici_tensor_parallelism=4")
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(share):
+    said = opened("ici_fsdp_parallelism=2", "ici_tensor_parallelism=4", f"later_step_share={share}")
     parts = dict(said["model_flops"])
     tokens, H, D, K = said["tokens"], 64, 64, 3
     # One block of keys holds both halves of the scores, and the backward pass makes them again:
@@ -93,7 +94,7 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
     # vocabulary, K - 1 of them for the next block too.
     parts["target attention"] *= 2
     parts["draft attention"] *= 2 * 7 / 6
-    parts["teachers"] = 2 * H * D * said["computed_rows"] * (16 + K - 1) / 16
+    parts["teachers"] = 2 * H * D * said["computed_rows"] * (16 + share * (K - 1)) / 16
     rounding = said["computed_rows"] / said["judged_rows"]
     for name in ("draft layer", "draft attention", "draft LM head", "target LM head"):
         parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row

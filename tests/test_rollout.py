@@ -127,6 +127,29 @@ def test_what_the_backward_pass_computes_again_is_the_same(remat):
     assert_same(harness.run(problem(), 3, remat=remat), harness.run(problem(), 3))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_share_of_the_blocks_runs_later_steps_and_the_loss_is_that_of_its_rows(share):
+    size, masks = 4, []
+    whole = harness.run(problem(), 3, gradients=False)
+    order = np.flatnonzero(whole.aligned.any(0))
+    for seed in range(6):
+        ours = harness.run(problem(), 3, row_block=size, later_share=share, seed=seed)
+        np.testing.assert_array_equal(ours.aligned[0], whole.aligned[0])
+        later = ours.aligned[1:].any(0).ravel()
+        blocks = [order[i : i + size] for i in range(0, len(order), size)]
+        taken = [b for b in blocks if later[b].any()]
+        can = [b for b in blocks if whole.aligned[1:].any(0).ravel()[b].any()]
+        assert len(can) == len(blocks) == 10
+        assert len(taken) == np.ceil(share * len(blocks))
+        only = np.zeros(later.size, bool)
+        only[np.concatenate(taken)] = True
+        only = only.reshape(whole.aligned[0].shape)
+        np.testing.assert_array_equal(ours.aligned[1:], whole.aligned[1:] & only)
+        assert_same(ours, harness.run(problem(), 3, only=np.stack([only | True, only, only])))
+        masks.append(only)
+    assert len(np.unique(masks, axis=0)) > 1, "every seed draws the same rows"
+
+
 def packed_elsewhere(given, placement, length=23):
     """The documents of a problem laid out anew: placement lists, per row, (row, start, end)."""
     arrays = {"tokens": 0, "turns": 0, "segments": 0, "positions": 0, "aux": 7.0, "final": -7.0}

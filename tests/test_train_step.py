@@ -1,5 +1,6 @@
 """One optimizer step: accumulation, denominators, the update, and what a bad step leaves alone."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -237,6 +238,29 @@ def test_evaluation_pools_the_same_sums_as_the_training_step():
     evaluated = built.evaluate(head, frozen(), split(rows(), 2))
     trained = built.train(built.initialize(random_head(HEAD)), frozen(), split(rows(), 2))[1]
     close(evaluated, {name: trained[name] for name in evaluated})
+
+
+def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew():
+    everything = programs(config("rollout_block_size=4"))
+    built = programs(config("rollout_block_size=4", "later_step_share=0.5"))
+    batch = split(rows(), 2)
+
+    def step(number):
+        state = dataclasses.replace(built.initialize(random_head(HEAD)), step=jnp.int32(number))
+        return built.train(state, frozen(), batch)[1]
+
+    whole = everything.train(everything.initialize(random_head(HEAD)), frozen(), batch)[1]
+    told = [step(number) for number in (0, 0, 1, 2)]
+    for said in told:
+        np.testing.assert_allclose(said["loss_sum"][0], whole["loss_sum"][0], rtol=1e-5)
+        assert 0.2 < said["aligned_rows"][1] / whole["aligned_rows"][1] < 0.8
+        means = said["loss_sum"] / said["counted_rows"]
+        total = (0.8 ** np.arange(len(means)) * means).sum()
+        np.testing.assert_allclose(said["total_loss"], total, rtol=1e-5)
+    close(told[0], told[1])
+    assert len({float(said["alpha_sum"][1]) for said in told}) == 3
+    judged = (b.evaluate(random_head(HEAD), frozen(), batch) for b in (built, everything))
+    close(*judged)
 
 
 def test_no_intermediate_holds_every_logit_or_every_attention_score():

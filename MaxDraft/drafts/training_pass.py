@@ -8,11 +8,14 @@
 Rows that nobody judges are never rolled out: the judged ones are put first, and the loop ends with
 the last of them. The work is that of the judged rows, rounded up to a block, whatever share of the
 batch they are; nothing can overflow. Activations exist for one block.
+
+On request only a random share of the blocks runs all K steps, and the others their first one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +39,7 @@ class PassDims:
     attention_block: int  # rows and keys attended at a time
     remat: str = "none"  # one of rollout.REMAT
     softcap: float = 0.0  # of the target's logits; 0: none
+    later_share: float = 1.0  # of the blocks of rows, those that run the steps after the first
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +50,7 @@ class Judgement:
     teacher: Teacher  # [L, ...]
     teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
     target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
-    aligned: jax.Array  # bool [K, L] rows that are judged
+    blocks: Blocks  # of the rows that are judged
     weights: jax.Array  # float32 [K, L] what the loss of each counts in the total, 0: nothing
 
 
@@ -56,15 +60,15 @@ def judge_rows(
     """-> results [K, L] of the judged rows; zeros elsewhere."""
     state, k, v = first_step(params, dims, tokens)
     keys = Keys.of(k, v, how.attention_block, tokens.length)
-    blocks = _Blocks.of(judgement.aligned, how)
+    blocks = judgement.blocks
 
-    def of_block(i, results):
+    def of_block(i, steps, results):
         rows = blocks.rows(i)
-        given = (keys, tokens, judgement, blocks, i, dims, how)
+        given = (keys, tokens, judgement, i, steps, dims, how)
         _, (found, _), _ = _block(params, _at(state, rows), None, None, *given)
         return _put(results, rows, found)
 
-    return blocks.over(of_block, _nothing(judgement.aligned))
+    return blocks.over(of_block, _nothing(judgement.weights))
 
 
 def loss_and_gradient(
@@ -73,14 +77,14 @@ def loss_and_gradient(
     """-> sum of weights * loss, its gradient, float32 like params, and what judge_rows gives."""
     (state, k, v), pull_back = jax.vjp(lambda params: first_step(params, dims, tokens), params)
     keys = Keys.of(k, v, how.attention_block, tokens.length)
-    blocks = _Blocks.of(judgement.aligned, how)
+    blocks = judgement.blocks
 
-    def of_block(i, carry):
+    def of_block(i, steps, carry):
         loss, gradient, d_head, d_state, d_keys, results = carry
         rows = blocks.rows(i)
 
         def block(params, state, d_keys):
-            given = (keys, tokens, judgement, blocks, i, dims, how)
+            given = (keys, tokens, judgement, i, steps, dims, how)
             loss, aux, d_keys = _block(params, state, d_keys, d_head, *given)
             return (loss, d_keys), aux
 
@@ -101,7 +105,7 @@ def loss_and_gradient(
     # Blocks' gradients are added up in float32.
     zeros = jax.tree.map(jnp.zeros_like, params)
     d_head, layer = zeros["lm_head"], {**zeros, "lm_head": None}
-    results = _nothing(judgement.aligned)
+    results = _nothing(judgement.weights)
     carry = (jnp.float32(0), layer, d_head, jnp.zeros_like(state), keys.zeros(), results)
     loss, layer, d_head, d_state, d_keys, results = blocks.over(of_block, carry)
     d_k, d_v = (x.astype(k.dtype) for x in d_keys.arrays(len(state)))
@@ -122,18 +126,18 @@ def _block(
     keys: Keys,
     tokens: Tokens,
     judgement: Judgement,
-    blocks: _Blocks,
     i: jax.Array,
+    steps: int,
     dims: HeadDims,
     how: PassDims,
 ) -> tuple[jax.Array, tuple[RowResults, jax.Array | None], Keys | None]:
-    """Loss of a block of rows, their results [K, R], d_head, d_keys."""
+    """Loss of the first steps of block i, the results of its rows [steps, R], d_head, d_keys."""
+    blocks = judgement.blocks
     rows = blocks.rows(i)
-    states, d_keys = rollout(
-        params, dims, state, keys, d_keys, tokens, rows, how.ttt_length, how.remat
-    )
+    states, d_keys = rollout(params, dims, state, keys, d_keys, tokens, rows, steps, how.remat)
     # Row i is judged at step 0 by the teacher at position i + 1.
-    teacher = jax.tree.map(lambda x: _at(x, blocks.rows(i, behind=True) + 1), judgement.teacher)
+    positions = blocks.rows(i, behind=steps - 1) + 1
+    teacher = jax.tree.map(lambda x: _at(x, positions), judgement.teacher)
     logits = jnp.matmul(
         teacher.last,
         judgement.teacher_head.astype(teacher.last.dtype),
@@ -146,7 +150,7 @@ def _block(
         params["lm_head"],
         d_head,
         judge,
-        jnp.where(rows >= 0, judgement.weights[:, rows], 0.0),
+        jnp.where(rows >= 0, judgement.weights[:steps, rows], 0.0),
         how.loss,
     )
     return loss, (results, d_head), d_keys
@@ -154,31 +158,65 @@ def _block(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Rows that some step judges, in order, R at a time."""
 
     order: jax.Array  # int32 [blocks * R + K - 1]: places in 0..L-1; -1 behind the last
-    size: int = dataclasses.field(metadata={"static": True})  # R
-    behind: int = dataclasses.field(metadata={"static": True})  # K - 1
+    sequence: jax.Array  # int32 [blocks]: those without a row come last
+    count: jax.Array  # int32: blocks with a row
+    whole: jax.Array  # int32: so many of the sequence run all K steps, the others their first one
+    how: PassDims = dataclasses.field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """R"""
+        return (len(self.order) - (self.how.ttt_length - 1)) // len(self.sequence)
 
     @classmethod
-    def of(cls, aligned: jax.Array, how: PassDims) -> _Blocks:
-        length, behind = aligned.shape[1], how.ttt_length - 1
+    def of(cls, aligned: jax.Array, how: PassDims, key: jax.Array | None = None) -> Blocks:
+        """aligned bool [K, L]; key: draws those that run all steps, where they are a share."""
+        length = aligned.shape[1]
         size = min(how.row_block, length)
         order = jnp.nonzero(aligned.any(0), size=length, fill_value=-1)[0].astype(jnp.int32)
-        return cls(jnp.pad(order, (0, -length % size + behind), constant_values=-1), size, behind)
+        count = -(-(order >= 0).sum() // size)
+        sequence = jnp.arange(-(-length // size))
+        whole = count
+        if how.later_share < 1:
+            lots = jax.random.uniform(key, sequence.shape) + (sequence >= count)
+            sequence = jnp.argsort(lots)
+            whole = jnp.ceil(how.later_share * count).astype(count.dtype)
+        order = jnp.pad(order, (0, -length % size + how.ttt_length - 1), constant_values=-1)
+        return cls(order, sequence, count, whole, how)
 
-    def rows(self, i: jax.Array, behind: bool = False) -> jax.Array:
-        """Those of block i, and on request the K - 1 rows behind them."""
-        size = self.size + (self.behind if behind else 0)
-        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, size)
+    def run(self, aligned: jax.Array) -> jax.Array:
+        """bool [K, L]: of the rows that are judged, those whose step k is rolled out."""
+        if self.how.later_share == 1:
+            return aligned
+        taken = jnp.arange(len(self.sequence)) < self.whole
+        of_block = jnp.zeros_like(taken).at[self.sequence].set(taken)
+        rows = aligned.any(0)
+        later = of_block[(jnp.cumsum(rows) - 1) // self.size]
+        return aligned.at[1:].set(aligned[1:] & later)
+
+    def rows(self, i: jax.Array, behind: int = 0) -> jax.Array:
+        """Those of block i, and so many behind them."""
+        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size + behind)
 
     def over(self, body, carry):
-        """carry = body(i, carry) for every block with a row."""
-        most = (len(self.order) - self.behind) // self.size
-        with jax.named_scope(f"runs_{most}_times"):
-            count = (self.order >= 0).sum()
-            return jax.lax.fori_loop(0, -(-count // self.size), body, carry)
+        """carry = body(i, steps, carry) for every block with a row."""
+        most, K, share = len(self.sequence), self.how.ttt_length, self.how.later_share
+        all_steps = math.ceil(share * most)
+
+        def loop(start, stop, usual, steps, carry):
+            with jax.named_scope(f"runs_{usual}_times"):
+                return jax.lax.fori_loop(
+                    start, stop, lambda j, carry: body(self.sequence[j], steps, carry), carry
+                )
+
+        carry = loop(0, self.whole, all_steps, K, carry)
+        if share < 1:
+            carry = loop(self.whole, self.count, most - all_steps, 1, carry)
+        return carry
 
 
 def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -191,11 +229,13 @@ def _place(rows: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(rows < 0, len(x), rows)
 
 
-def _nothing(aligned: jax.Array) -> RowResults:
-    zeros = jnp.zeros(aligned.shape, jnp.float32)
+def _nothing(weights: jax.Array) -> RowResults:
+    zeros = jnp.zeros_like(weights)
     return RowResults(zeros, zeros, zeros.astype(bool), zeros)
 
 
 def _put(results: RowResults, rows: jax.Array, found: RowResults) -> RowResults:
     place = _place(rows, results.loss[0])
-    return jax.tree.map(lambda x, new: x.at[:, place].set(new, mode="drop"), results, found)
+    return jax.tree.map(
+        lambda x, new: x.at[: len(new), place].set(new, mode="drop"), results, found
+    )
