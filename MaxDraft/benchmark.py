@@ -3,6 +3,8 @@
     python3 MaxDraft/benchmark.py configs/base.yml model_name=llama3.1-8b per_device_batch_size=2
     python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compile_only
     python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compare "remat_policy=full"
+    JAX_PLATFORMS=cpu python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b \
+        --topology v5e:2x4
 
 The target's dimensions are the model file's target_config; no checkpoint, tokenizer or data is
 read, and nothing but jax, optax and pyyaml imported.
@@ -11,6 +13,8 @@ read, and nothing but jax, optax and pyyaml imported.
              chats    packed conversations with ShareGPT's mean lengths
     --steps N         timed steps (10), after one that is not timed
     --compile_only    no weights and no step: bytes and FLOPs of the compiled program
+    --topology NAME   compiles for a TPU slice that need not be there (v5e:2x4, v5p:2x2x1, v6e:2x2);
+                      where DEVICE=tpu bash setup.sh has installed its compiler, libtpu
     --compare "K=V .."  the same with these keys besides; steps alternate, so that their ratio
                       means something on a machine that does other work as well
     --json FILE       writes all numbers
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +37,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from MaxDraft import compiled_flops, flops, pyconfig, sharding, traced_flops
@@ -92,7 +98,9 @@ class Setting:
 
 
 # ---------------------------------------------------------------------------------------- settings
-def open_setting(name: str, config: Config, tokens: str) -> Setting:
+def open_setting(
+    name: str, config: Config, tokens: str, devices: Sequence[jax.Device] | None = None
+) -> Setting:
     """Dimensions, mesh and programs of a configuration; nothing is compiled yet."""
     target = target_dims(config)
     head = head_dims(config, target)
@@ -101,6 +109,7 @@ def open_setting(name: str, config: Config, tokens: str) -> Setting:
         config.mesh_axes,
         [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
         [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
+        devices,
     )
     rows = config.gradient_accumulation_steps, config.per_device_batch_size * mesh.size
     make = whole_rows if tokens == "all" else conversations
@@ -114,6 +123,18 @@ def open_setting(name: str, config: Config, tokens: str) -> Setting:
         mesh=mesh,
         tokens=make(*rows, config.max_target_length, target.vocab_size),
     )
+
+
+def devices_of(topology: str) -> Sequence[jax.Device]:
+    """Those of a TPU slice that need not be there."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu need not look for a TPU's host
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of several types, as it is not known, or libtpu is not there
+        raise ConfigError(
+            f"--topology {topology}: {str(error).splitlines()[0]}\n(it takes libtpu, which DEVICE=tpu "
+            f"bash setup.sh installs, JAX_PLATFORMS=cpu where no TPU is, and a name like v5e:2x4)"
+        ) from error
 
 
 def target_dims(config: Config) -> DecoderDims:
@@ -402,6 +423,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", choices=("all", "chats"), default="all")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile_only", action="store_true")
+    parser.add_argument("--topology", default="")
     parser.add_argument("--compare", default="")
     parser.add_argument("--json", default="")
     flags, keys = parser.parse_known_args(argv[1:])
@@ -409,6 +431,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--steps must be 1 or more")
     if flags.json and not Path(flags.json).absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {Path(flags.json).absolute().parent}")
+    compile_only = flags.compile_only or bool(flags.topology)
+    devices = devices_of(flags.topology) if flags.topology else None
     variants = [keys]
     if flags.compare:
         others = flags.compare.split()
@@ -419,6 +443,7 @@ def main(argv: Sequence[str]) -> int:
             " ".join(variant[1:]) or "defaults",
             pyconfig.initialize([argv[0], *variant], reads_files=False),
             flags.tokens,
+            devices,
         )
         for variant in variants
     ]
@@ -426,7 +451,7 @@ def main(argv: Sequence[str]) -> int:
     for setting in settings:
         shapes.append(compile_step(setting))
         describe(setting, shapes[-1])
-    ratios = [] if flags.compile_only else measure(settings, shapes, flags.steps)
+    ratios = [] if compile_only else measure(settings, shapes, flags.steps)
     print("\n\n".join(table(setting) for setting in settings), flush=True)
     if len(settings) > 1 and ratios:
         low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))

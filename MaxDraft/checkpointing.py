@@ -27,6 +27,7 @@ from MaxDraft.train_step import TrainState
 # prints and how it is judged. All others decide the parameters, and must be the same.
 MAY_CHANGE = {
     "attention_block_size",
+    "attention_kernel",
     "vocab_block_size",
     "rollout_block_size",
     "remat_policy",

@@ -23,6 +23,7 @@ CHOICES = {
     "remat_policy": ("none", "dots", "full"),
     "optimizer": ("adamw", "muon"),
     "learning_rate_schedule": ("cosine", "wsd"),
+    "attention_kernel": ("xla", "pallas"),
     "loss_alignment": ("serving", "specforge"),
     "loss_denominator": ("counted", "specforge"),
     "loss_turns": ("all", "last"),

@@ -43,9 +43,17 @@ def fill_parallelism(sizes: Sequence[int], available: int, kind: str) -> tuple[i
     return tuple(sizes)
 
 
-def make_mesh(axis_names: Sequence[str], ici: Sequence[int], dcn: Sequence[int]) -> Mesh:
-    """Mesh over all devices: `ici` sizes inside a slice, `dcn` sizes across slices."""
-    devices = jax.devices()
+def make_mesh(
+    axis_names: Sequence[str],
+    ici: Sequence[int],
+    dcn: Sequence[int],
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Mesh over all devices: `ici` sizes inside a slice, `dcn` sizes across slices.
+
+    devices: of a machine that is not there, to compile for it.
+    """
+    devices = jax.devices() if devices is None else devices
     num_slices = 1 + max(getattr(device, "slice_index", None) or 0 for device in devices)
     dcn = fill_parallelism(dcn, num_slices, "dcn")
     ici = fill_parallelism(ici, len(devices) // num_slices, "ici")

@@ -6,8 +6,9 @@ it: padding, recomputation and masked work included. What depends on the data co
     cond        the most expensive branch; of lax.platform_dependent the platform's
     ragged_dot  every row once, with one group's matrix (so TPU has it; see layers/experts.py)
     shard_map   the body on every device
-    while       as often as the innermost scope around it says, "runs_N_times" (attention: on
-                average over a full row); without one nobody knows: an error where it multiplies
+    while, pallas_call    as often as the innermost scope around it says, "runs_N_times"
+                (attention: on average over a full row); without one nobody knows: an error where
+                it multiplies
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _of_step(step: JaxprEqn, platform: str) -> int:
             return params["length"] * sum(inner)
         case "cond":
             return _of_branches(inner, params.get("branches_platforms"), platform)
-        case "while" if times := TIMES.search(str(step.source_info.name_stack)):
+        case "while" | "pallas_call" if times := TIMES.search(str(step.source_info.name_stack)):
             return round(float(times[1]) * sum(inner))
         case "shard_map":
             devices = [params["mesh"].shape[axis] for axis in params["newly_manual_axes"]]

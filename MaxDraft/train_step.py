@@ -37,7 +37,7 @@ from MaxDraft.drafts.training_pass import (
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.optimizer import beside_their_parameters, learning_rate_schedule, make_optimizer
-from MaxDraft.pyconfig import Config
+from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.sharding import constrain
 from MaxDraft.targets import decoder
 from MaxDraft.targets.dims import DecoderDims
@@ -104,6 +104,26 @@ class Programs:
     batch_sharding: NamedSharding
 
 
+def attention_kernel(config: Config, mesh: Mesh) -> str:
+    """-> one of attention_keys.KERNELS; ConfigError where the mesh's devices have no such."""
+    if config.attention_kernel == "xla":
+        return "xla"
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu":
+        return "interpreted"
+    if platform != "tpu":
+        raise ConfigError(
+            f"attention_kernel=pallas: these kernels are a TPU's, and the devices are of platform "
+            f"{platform}; write attention_kernel=xla"
+        )
+    if config.attention_block_size % 128:
+        raise ConfigError(
+            f"attention_kernel=pallas needs an attention_block_size that is a multiple of 128, "
+            f"and it is {config.attention_block_size}"
+        )
+    return "pallas"
+
+
 def make_programs(
     config: Config,
     target_dims: DecoderDims,
@@ -119,12 +139,14 @@ def make_programs(
     table = eagle3.head_params(head_dims)
     rules = config.logical_axis_rules
     placement = parameters.shardings(table, mesh, rules)
+    kernel = attention_kernel(config, mesh)
     how = PassDims(
         ttt_length=config.ttt_length,
         loss=config.loss,
         row_block=config.rollout_block_size,
         attention_block=config.attention_block_size,
         remat=config.remat_policy,
+        attention_kernel=kernel,
         softcap=target_dims.logit_softcap,
         later_share=config.later_step_share,
     )
@@ -141,6 +163,7 @@ def make_programs(
             capture,
             dtype,
             config.attention_block_size,
+            kernel,
         )
         aligned = aligned_rows(batch)
         best, log_norm = decoder.full_vocabulary(

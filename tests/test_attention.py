@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from MaxDraft.layers.attention import (
-    Keys,
-    Scoring,
     cached_attention,
     document_starts,
     joined,
     packed_attention,
     row_attention,
 )
+from MaxDraft.layers.attention_keys import Keys, Scoring
 
 TOLERANCE = 1e-5
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4 + [0] * 2, [1] * 18])  # [B, T]
@@ -65,10 +64,11 @@ def dense(q, k, v, own_k=None, own_v=None):
 ROWS = jnp.broadcast_to(jnp.arange(SEGMENTS.shape[1]), SEGMENTS.shape)
 
 
-def attended(q, k, v, own, block, gradients=None):
+def attended(q, k, v, own, block, kernel, gradients=None):
     """Every row as the rollout attends: step-0 keys, then its own [B, T, J, M, d]; gradients."""
     first = document_starts(jnp.asarray(SEGMENTS))
-    out, log_sum, gradients = row_attention(q, Keys.of(k, v, block), gradients, first, ROWS)
+    keys = Keys.of(k, v, block, kernel=kernel)
+    out, log_sum, gradients = row_attention(q, keys, gradients, first, ROWS)
     if own:
         out = joined(out, log_sum, q, *(jnp.moveaxis(x, 2, 0) for x in own))
     return out, gradients
@@ -80,23 +80,25 @@ def narrow(arrays):
 
 @pytest.mark.parametrize("own_keys", [0, 1, 3, 6])
 @pytest.mark.parametrize(("block", "num_kv_heads"), [(5, 2), (6, 1), (18, 4), (100, 2)])
-def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_heads):
+@pytest.mark.parametrize("kernel", ["xla", "interpreted"])
+def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_heads, kernel):
     arrays = make(own_keys, num_kv_heads)
     expected = [
         one_row(*(x[b] for x in arrays[:3]), SEGMENTS[b], *(x[b] for x in arrays[3:]))
         for b in range(len(SEGMENTS))
     ]
     q, k, v, *own = narrow(arrays)
-    ours, _ = attended(q, k, v, own, block)
+    ours, _ = attended(q, k, v, own, block, kernel)
     assert harness.relative_error(ours, np.stack(expected)) < TOLERANCE
     if not own_keys:
-        same = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block)
+        same = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block, kernel=kernel)
         np.testing.assert_array_equal(same, ours)
 
 
 @pytest.mark.parametrize("own_keys", [0, 3, 6])
 @pytest.mark.parametrize(("block", "num_kv_heads"), [(5, 2), (6, 1), (100, 4)])
-def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_heads):
+@pytest.mark.parametrize("kernel", ["xla", "interpreted"])
+def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_heads, kernel):
     arrays = make(own_keys, num_kv_heads)
     direction = np.random.default_rng(1).normal(size=arrays[0].shape)
 
@@ -110,9 +112,9 @@ def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_head
 
     q, k, v, *own = narrow(arrays)
 
-    zeros = Keys.of(k, v, block).zeros()
+    zeros = Keys.of(k, v, block, kernel=kernel).zeros()
     _, pull_back = jax.vjp(
-        lambda *args: attended(args[0], k, v, args[1], block, args[2]), q, own, zeros
+        lambda *args: attended(args[0], k, v, args[1], block, kernel, args[2]), q, own, zeros
     )
     d_q, d_own, d_keys = pull_back((jnp.asarray(direction, jnp.float32), zeros))
     ours = (d_q, *d_keys.arrays(k.shape[1]), *d_own)
@@ -133,7 +135,8 @@ SCORINGS = {
 
 @pytest.mark.parametrize("name", SCORINGS)
 @pytest.mark.parametrize("block", [5, 100])
-def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, block):
+@pytest.mark.parametrize("kernel", ["xla", "interpreted"])
+def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, block, kernel):
     scoring, with_sinks = SCORINGS[name]
     arrays = [*make(0), np.random.default_rng(2).normal(size=4)]
     direction = np.random.default_rng(1).normal(size=arrays[0].shape)
@@ -161,7 +164,7 @@ def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, bl
         return (jnp.einsum("bnij,bjnd->bind", weights, v) * direction).sum()
 
     def ours(q, k, v, sinks):
-        given = {"scoring": scoring, "positions": jnp.asarray(positions)}
+        given = {"scoring": scoring, "positions": jnp.asarray(positions), "kernel": kernel}
         given["sinks"] = sinks if with_sinks else None
         out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block, **given)
         return (out * direction).sum().astype(jnp.float32)
@@ -176,14 +179,15 @@ def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, bl
 
 
 @pytest.mark.parametrize("block", [1, 4, 7, 32])
-def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block):
+@pytest.mark.parametrize("kernel", ["xla", "interpreted"])
+def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block, kernel):
     rng = np.random.default_rng(3)
     R, T, N, M, d = 13, 17, 4, 2, 6
     q, k, v = (rng.normal(size=(1, n, h, d)) for n, h in ((R, N), (T, M), (T, M)))
     first = rng.integers(0, T, (1, R))
     last = np.minimum(first + rng.integers(-3, 9, (1, R)), T - 1)  # some see nothing
     assert (last < first).any()
-    keys = Keys.of(*narrow([k, v]), block)
+    keys = Keys.of(*narrow([k, v]), block, kernel=kernel)
     out, log_sum, _ = row_attention(*narrow([q]), keys, None, first, last)
     for i, n in np.ndindex(R, N):
         seen = np.s_[0, first[0, i] : last[0, i] + 1, n // 2]

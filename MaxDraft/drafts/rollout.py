@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
-from MaxDraft.layers.attention import Keys, document_starts, joined, row_attention
+from MaxDraft.layers.attention import document_starts, joined, row_attention
+from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.params import Tree
 
 # What the backward pass keeps of each step's layer: everything, its matrix products, or its inputs.

@@ -24,7 +24,7 @@ from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.drafts.losses import Judge, RowResults, Teacher, judged
 from MaxDraft.drafts.rollout import Tokens, first_step, rollout
-from MaxDraft.layers.attention import Keys
+from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.layers.params import Tree
 
@@ -38,6 +38,7 @@ class PassDims:
     row_block: int  # R, rows rolled out at a time
     attention_block: int  # rows and keys attended at a time
     remat: str = "none"  # one of rollout.REMAT
+    attention_kernel: str = "xla"  # one of attention_keys.KERNELS
     softcap: float = 0.0  # of the target's logits; 0: none
     later_share: float = 1.0  # of the blocks of rows, those that run the steps after the first
 
@@ -59,7 +60,7 @@ def judge_rows(
 ) -> RowResults:
     """-> results [K, L] of the judged rows; zeros elsewhere."""
     state, k, v = first_step(params, dims, tokens)
-    keys = Keys.of(k, v, how.attention_block, tokens.length)
+    keys = Keys.of(k, v, how.attention_block, tokens.length, how.attention_kernel)
     blocks = judgement.blocks
 
     def of_block(i, steps, results):
@@ -76,7 +77,7 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, Tree, RowResults]:
     """-> sum of weights * loss, its gradient, float32 like params, and what judge_rows gives."""
     (state, k, v), pull_back = jax.vjp(lambda params: first_step(params, dims, tokens), params)
-    keys = Keys.of(k, v, how.attention_block, tokens.length)
+    keys = Keys.of(k, v, how.attention_block, tokens.length, how.attention_kernel)
     blocks = judgement.blocks
 
     def of_block(i, steps, carry):

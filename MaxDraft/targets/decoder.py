@@ -125,11 +125,12 @@ def features(
     dims: DecoderDims,
     capture: Sequence[int],
     dtype: Any,
-    block: int,
+    block: int,  # queries and keys attended at a time
+    kernel: str = "xla",  # one of attention_keys.KERNELS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Packed documents -> embeddings [B, T, H], features [B, T, 3H], final state [B, T, H]."""
     embeddings = embed(params, tokens, dtype)
-    context = PackedContext(positions, segment_ids, block)
+    context = PackedContext(positions, segment_ids, block, kernel)
     aux, last, _ = run_layers(params, embeddings, dims, capture, context)
     return embeddings, aux, last
 

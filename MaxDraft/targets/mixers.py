@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.layers.attention import Scoring, packed_attention
+from MaxDraft.layers.attention import packed_attention
+from MaxDraft.layers.attention_keys import Scoring
 from MaxDraft.layers.delta_net import causal_conv, gated_delta_rule, gated_norm
 from MaxDraft.layers.mlp import linear
 from MaxDraft.layers.norms import rms_norm
@@ -46,6 +47,7 @@ class PackedContext:
     positions: jax.Array  # int [B, T]
     segment_ids: jax.Array  # int [B, T]
     block: int  # queries attended at a time
+    kernel: str = "xla"  # one of attention_keys.KERNELS
 
     def attend(self, q, k, v, scoring, sinks, cache):
         out = packed_attention(
@@ -57,6 +59,7 @@ class PackedContext:
             scoring=scoring,
             positions=self.positions,
             sinks=sinks,
+            kernel=self.kernel,
         )
         return out, cache
 
