@@ -128,12 +128,13 @@ def open_setting(
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Those of a TPU slice that need not be there."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu need not look for a TPU's host
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(topology, "tpu", **one_chip).devices
     except Exception as error:  # of several types, as it is not known, or libtpu is not there
         raise ConfigError(
-            f"--topology {topology}: {str(error).splitlines()[0]}\n(it takes libtpu, which DEVICE=tpu "
-            f"bash setup.sh installs, JAX_PLATFORMS=cpu where no TPU is, and a name like v5e:2x4)"
+            f"--topology {topology}: {str(error).splitlines()[0]}\n(it takes libtpu, which "
+            f"DEVICE=tpu bash setup.sh installs, and a name like v5e:1x1 or v5e:2x4)"
         ) from error
 
 
@@ -237,16 +238,18 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
 class Running:
     """A setting with weights on the devices, a step at a time."""
 
-    def __init__(self, setting: Setting, shapes: tuple[Any, ...]):
+    def __init__(self, setting: Setting, shapes: tuple[Any, ...], other: Running | None = None):
+        """other: one whose target is taken where it has the same shapes and places."""
         _, frozen, batch = shapes
-        self.setting = setting
-        places = jax.tree.map(lambda x: x.sharding, frozen.target)
-        draw = jax.jit(lambda: parameters.initialize(setting.table, 0), out_shardings=places)
-        D, everywhere = setting.head.draft_vocab_size, frozen.draft_to_target.sharding
-        self.frozen = Frozen(
-            draw(),
-            jax.device_put(np.arange(D, dtype=np.int32), everywhere),
-        )
+        self.setting, self.shapes = setting, frozen
+        if other is not None and _same(other.shapes, frozen):
+            self.frozen = other.frozen
+        else:
+            places = jax.tree.map(lambda x: x.sharding, frozen.target)
+            draw = jax.jit(lambda: parameters.initialize(setting.table, 0), out_shardings=places)
+            D, everywhere = setting.head.draft_vocab_size, frozen.draft_to_target.sharding
+            ids = jax.device_put(np.arange(D, dtype=np.int32), everywhere)
+            self.frozen = Frozen(draw(), ids)
         self.batch = {
             name: jax.device_put(x, batch[name].sharding) for name, x in setting.tokens.items()
         }
@@ -318,6 +321,12 @@ class Running:
         teacher = jax.random.normal(keys[2], (R + K - 1, H), dtype)
         compiled = jax.jit(run)
         return (lambda: compiled(hidden, weight, teacher),)
+
+
+def _same(shapes: Tree, others: Tree) -> bool:
+    return jax.tree.structure(shapes) == jax.tree.structure(others) and all(
+        a == b for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(others), strict=True)
+    )
 
 
 def _median(function: Callable[[], Any], repeats: int) -> float:
@@ -395,7 +404,9 @@ def table(setting: Setting) -> str:
 
 def measure(settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int) -> list[float]:
     """Times the settings' steps in turn; -> seconds of each pair's second by its first."""
-    running = [Running(*pair) for pair in zip(settings, shapes, strict=True)]
+    running: list[Running] = []
+    for setting, of_setting in zip(settings, shapes, strict=True):
+        running.append(Running(setting, of_setting, running[0] if running else None))
     for one in running:
         one.step()
     times = np.array([[one.step() for one in running] for _ in range(steps)])

@@ -29,7 +29,8 @@ TIMES = re.compile(r"runs_([\d.]+)_times\)*$")
 
 def count(function: Callable, *args: Any, platform: str) -> int:
     """FLOPs of function(*args) on "tpu", "cuda" or "cpu"; args may be ShapeDtypeStructs."""
-    return _of_program(jax.make_jaxpr(function)(*args).jaxpr, platform)
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return _of_program(jitted.trace(*args).jaxpr.jaxpr, platform)
 
 
 def _of_program(program: Jaxpr, platform: str) -> int:

@@ -140,6 +140,11 @@ def make_programs(
     rules = config.logical_axis_rules
     placement = parameters.shardings(table, mesh, rules)
     kernel = attention_kernel(config, mesh)
+    options = None
+    if mesh.devices.flat[0].platform == "cpu":
+        # A CPU multiplies bfloat16 as float32. Were that conversion moved out of the scan over
+        # layers, as this pass does, the weights of all layers would lie there in float32.
+        options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     how = PassDims(
         ttt_length=config.ttt_length,
         loss=config.loss,
@@ -314,12 +319,15 @@ def make_programs(
     return Programs(
         initialize=jax.jit(under_rules(initialize), out_shardings=state_shardings),
         train=jax.jit(
-            under_rules(train), donate_argnums=0, out_shardings=(state_shardings, everywhere)
+            under_rules(train),
+            donate_argnums=0,
+            out_shardings=(state_shardings, everywhere),
+            compiler_options=options,
         ),
-        evaluate=jax.jit(under_rules(evaluate), out_shardings=everywhere),
+        evaluate=jax.jit(under_rules(evaluate), out_shardings=everywhere, compiler_options=options),
         parts=Parts(
-            target=jax.jit(under_rules(seen_by_target)),
-            draft=jax.jit(under_rules(gradients)),
+            target=jax.jit(under_rules(seen_by_target), compiler_options=options),
+            draft=jax.jit(under_rules(gradients), compiler_options=options),
             optimizer=jax.jit(
                 under_rules(update), donate_argnums=0, out_shardings=(state_shardings, everywhere)
             ),

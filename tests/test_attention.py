@@ -201,6 +201,21 @@ def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block, ke
             assert log_sum[0, i, n] < -1e20
 
 
+@pytest.mark.parametrize(("group", "d", "dv"), [(1, 128, 128), (4, 64, 64), (16, 192, 128)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernels_lower_for_a_tpu(dtype, group, d, dv):
+    def total(q, k, v, segments):
+        scoring = Scoring(window=300, softcap=30.0)
+        out = packed_attention(q, k, v, segments, 256, scoring=scoring, kernel="pallas")
+        return out.astype(jnp.float32).sum()
+
+    shapes = [(2, 600, 2 * group, d), (2, 600, 2, d), (2, 600, 2, dv)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    arrays.append(jax.ShapeDtypeStruct((2, 600), jnp.int32))
+    lowered = jax.export.export(jax.jit(jax.grad(total, (0, 1, 2))), platforms=["tpu"])(*arrays)
+    assert lowered.mlir_module().count("tpu_custom_call") == 3  # forward, queries, keys
+
+
 def test_scores_that_overflow_an_unshifted_softmax_stay_finite():
     q, k, v = make(0)
     ours = packed_attention(*narrow([100 * q, 100 * k, v]), jnp.asarray(SEGMENTS), 5)

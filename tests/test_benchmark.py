@@ -84,24 +84,39 @@ def opened(*changes, tokens="all"):
 
 @needs_eight
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(share):
-    said = opened("ici_fsdp_parallelism=2", "ici_tensor_parallelism=4", f"later_step_share={share}")
+@pytest.mark.parametrize(
+    ("kernel", "products", "block", "share"),
+    [("xla", 7, 16, 1.0), ("xla", 7, 16, 0.5), ("pallas", 9, 32, 1.0)],
+)
+def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
+    kernel, products, block, share
+):
+    said = opened(
+        "ici_fsdp_parallelism=2",
+        "ici_tensor_parallelism=4",
+        f"attention_kernel={kernel}",
+        f"rollout_block_size={block}",
+        f"later_step_share={share}",
+    )
     parts = dict(said["model_flops"])
     tokens, H, D, K = said["tokens"], 64, 64, 3
     # One block of keys holds both halves of the scores, and the backward pass makes them again:
-    # seven products instead of six. Each block of rows makes its teachers' logits over the draft
-    # vocabulary, K - 1 of them for the next block too.
+    # seven products instead of six, or nine in two kernels. Each block of rows makes its teachers'
+    # logits over the draft vocabulary, K - 1 of them for the next block too.
     parts["target attention"] *= 2
-    parts["draft attention"] *= 2 * 7 / 6
-    parts["teachers"] = 2 * H * D * said["computed_rows"] * (16 + share * (K - 1)) / 16
+    parts["draft attention"] *= 2 * products / 6
+    parts["teachers"] = 2 * H * D * said["computed_rows"] * (block + share * (K - 1)) / block
     rounding = said["computed_rows"] / said["judged_rows"]
     for name in ("draft layer", "draft attention", "draft LM head", "target LM head"):
         parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row
     assert said["traced_flops"] == pytest.approx(sum(parts.values()), rel=0.02)
     assert tokens == said["positions"] == 8 * 32
-    # A head that every device of a tensor axis repeats would cost three times as much.
-    assert said["traced_flops"] <= said["compiled_flops"] <= 1.05 * said["traced_flops"]
+    if kernel == "pallas":
+        return  # interpreted, the loops are not those that a TPU runs
+    # A head that every device of a tensor axis repeats would cost three times as much. XLA makes
+    # the target's keys and values twice: 8 layers of 2 x 4 heads of 8.
+    twice = 8 * 2 * tokens * H * 2 * 4 * 8
+    assert 0 <= said["compiled_flops"] - said["traced_flops"] <= 1.01 * twice
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from MaxDraft import flops, pyconfig, sharding
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers.rope import Rope
 from MaxDraft.optimizer import learning_rate_schedule
-from MaxDraft.train_step import Frozen, make_programs
+from MaxDraft.train_step import Frozen, attention_kernel, make_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = tiny_dims()
@@ -24,20 +24,18 @@ LENGTH = 20
 
 
 def config(*overrides, warmup=0.0):
-    return pyconfig.initialize(
-        [
-            "train.py",
-            str(ROOT / "configs" / "base.yml"),
-            "dtype=float32",
-            f"max_target_length={LENGTH}",
-            "ttt_length=3",
-            "attention_block_size=8",
-            "vocab_block_size=8",
-            "learning_rate=0.01",
-            f"warmup_steps_fraction={warmup}",
-            *overrides,
-        ]
-    )
+    keys = [
+        "dtype=float32",
+        f"max_target_length={LENGTH}",
+        "ttt_length=3",
+        "attention_block_size=8",
+        "vocab_block_size=8",
+        "learning_rate=0.01",
+        f"warmup_steps_fraction={warmup}",
+        *overrides,
+    ]
+    keys = {key.split("=")[0]: key for key in keys}
+    return pyconfig.initialize(["train.py", str(ROOT / "configs" / "base.yml"), *keys.values()])
 
 
 def programs(settings, devices=1, total_steps=10):
@@ -261,6 +259,50 @@ def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew():
     assert len({float(said["alpha_sum"][1]) for said in told}) == 3
     judged = (b.evaluate(random_head(HEAD), frozen(), batch) for b in (built, everything))
     close(*judged)
+
+
+def test_a_tpus_kernels_give_the_same_step():
+    steps = []
+    for kernel in ("xla", "pallas"):
+        built = programs(config(f"attention_kernel={kernel}", "rollout_block_size=8"), devices=2)
+        state, batch = built.initialize(random_head(HEAD)), split(rows(), 1)
+        seen = built.parts.target(frozen(), batch)
+        steps.append((seen, *built.parts.draft(state, batch, seen, frozen())))
+    close(*steps)
+
+
+def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
+    # 8 bits a number, over a dozen roundings in a row: some percent.
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        built = programs(config(f"dtype={dtype}"))
+        state, batch = built.initialize(random_head(HEAD)), split(rows(), 1)
+        seen = built.parts.target(frozen(), batch)
+        assert seen.features.dtype == jnp.dtype(dtype)
+        gradient, loss, _ = built.parts.draft(state, batch, seen, frozen())
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
+        flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
+        gradients.append((float(loss), flat))
+    (exact, a), (loss, b) = gradients
+    assert loss == pytest.approx(exact, rel=0.02)
+    assert a @ b > 0.995 * np.linalg.norm(a) * np.linalg.norm(b)
+    assert np.linalg.norm(b) == pytest.approx(np.linalg.norm(a), rel=0.05)
+
+
+def test_pallas_on_a_gpu_is_an_error_that_says_what_to_write():
+    class Gpu:
+        platform = "gpu"
+
+    class Mesh:
+        devices = np.array([Gpu()])
+
+    with pytest.raises(pyconfig.ConfigError, match="attention_kernel=xla"):
+        attention_kernel(config("attention_kernel=pallas"), Mesh())
+    Gpu.platform = "tpu"
+    with pytest.raises(pyconfig.ConfigError, match="multiple of 128"):
+        attention_kernel(config("attention_kernel=pallas"), Mesh())
+    blocks = ("attention_kernel=pallas", "attention_block_size=256")
+    assert attention_kernel(config(*blocks), Mesh()) == "pallas"
 
 
 def test_no_intermediate_holds_every_logit_or_every_attention_score():
