@@ -127,7 +127,9 @@ def open_setting(
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Those of a TPU slice that need not be there."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu need not look for a TPU's host
+    # libtpu need neither look for a TPU's host nor have it for itself.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
     one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", **one_chip).devices

@@ -183,3 +183,8 @@ def test_it_imports_no_data_pipeline_and_no_checkpoint_library():
 def test_a_model_without_dimensions_is_an_error_that_says_what_to_give():
     with pytest.raises(ConfigError, match="target_config"):
         benchmark.main(["benchmark.py", BASE])
+
+
+def test_a_tpu_slice_that_nobody_knows_is_an_error_that_says_what_it_takes():
+    with pytest.raises(ConfigError, match=r"--topology v99:7x7: .*\n.*DEVICE=tpu"):
+        benchmark.main(["benchmark.py", *SMALL, "--topology", "v99:7x7"])
