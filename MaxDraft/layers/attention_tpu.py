@@ -25,9 +25,6 @@ from jax.experimental.pallas import tpu as pltpu
 from MaxDraft.layers.attention_keys import MASKED, NOTHING, Keys, Scoring, pad, usual_blocks
 
 _LANES, _SUBLANES = 128, 8  # of a register: a number a row takes that many places side by side
-_ROWS_AXIS, _KEYS_AXIS = 0, 1  # of scores in the walks over keys; the other way round behind them
-
-
 _MOST_ROWS = 1024  # in a block: scores [rows, keys] and what is made of them must fit into VMEM
 
 
@@ -53,7 +50,7 @@ def forward(
 
         @pl.when(start[b, i] + j < stop[b, i])
         def add_keys():
-            scores = walk.scores(q, k, start[b, i] + j, first[:, :1], last[:, :1], _KEYS_AXIS)
+            scores = walk.scores(q, k, start[b, i] + j, first[:, :1], last[:, :1], 1)
             new = jnp.maximum(most[:, :1], scores.max(1, keepdims=True))
             weights, shrink = jnp.exp(scores - new), jnp.exp(most[:, :1] - new)
             total[...] = total[...] * shrink + weights.sum(1, keepdims=True)
@@ -112,7 +109,7 @@ def backward(
 
         @pl.when(start[b, i] + j < stop[b, i])
         def add_keys():
-            scores = walk.scores(q, k, start[b, i] + j, first[:, :1], last[:, :1], _KEYS_AXIS)
+            scores = walk.scores(q, k, start[b, i] + j, first[:, :1], last[:, :1], 1)
             d_weights = _product_turned(d_out[...], v[...])
             _, change = d_scores(scores, d_weights, log_sum[:, :1], offset[:, :1])
             sums[...] += _product(change, k[...])
@@ -155,7 +152,7 @@ def backward(
 
         @pl.when((here < high[b]) & (start[b, i] <= here) & (here < stop[b, i]))
         def add_rows():
-            scores = walk.scores(k, q, here, first[:1], last[:1], _ROWS_AXIS)
+            scores = walk.scores(k, q, here, first[:1], last[:1], 0)
             d_weights = _product_turned(v[...], d_out[...])
             weights, change = d_scores(scores, d_weights, log_sum[:1], offset[:1])
             v_sum[...] += _product(weights, d_out[...])
@@ -294,8 +291,8 @@ class _Walk:
         return jax.ShapeDtypeStruct((B, M, self.blocks, self.in_block, width), dtype)
 
     def of_rows(self, width: int) -> pl.BlockSpec:
-        index = lambda b, m, i, j, *_: (b, m, i, 0, 0)  # noqa: E731
-        return pl.BlockSpec((None, None, None, self.in_block, width), index)
+        block = (None, None, None, self.in_block, width)
+        return pl.BlockSpec(block, lambda b, m, i, j, *_: (b, m, i, 0, 0))
 
     def of_any_head(self) -> pl.BlockSpec:
         return pl.BlockSpec(
