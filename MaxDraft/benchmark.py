@@ -17,6 +17,7 @@ read, and nothing but jax, optax and pyyaml imported.
                       where DEVICE=tpu bash setup.sh has installed its compiler, libtpu
     --compare "K=V .."  the same with these keys besides; steps alternate, so that their ratio
                       means something on a machine that does other work as well
+    --profile FOLDER  a trace of two more steps, for TensorBoard or Perfetto
     --json FILE       writes all numbers
 """
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +90,7 @@ class Setting:
     table: Tree  # of the target's parameters
     mesh: jax.sharding.Mesh
     tokens: dict[str, np.ndarray]  # [A, B, T]
+    tokens_kind: str  # of --tokens
     compiled: Any = None
     said: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -122,14 +124,12 @@ def open_setting(
         table=decoder_params(target, capture, jnp.dtype(config.weight_dtype)),
         mesh=mesh,
         tokens=make(*rows, config.max_target_length, target.vocab_size),
+        tokens_kind=tokens,
     )
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Those of a TPU slice that need not be there."""
-    # libtpu need neither look for a TPU's host nor have it for itself.
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
     one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", **one_chip).devices
@@ -201,6 +201,11 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         config.loss_alignment,
     )
     judged = np.asarray(aligned.any(0)).reshape(*batch["tokens"].shape)
+    if not judged.any():
+        raise ConfigError(
+            f"no row of these tokens is judged: max_target_length={config.max_target_length} is "
+            f"too short for them"
+        )
     # A device has its part of every micro-batch, and rounds its judged rows up to a block.
     A, B, T = judged.shape
     of_device = judged.reshape(A, mesh.size, -1).sum((0, 2))
@@ -225,6 +230,8 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         + (" (keep is not measured)" if config.target_quantization == "keep" else ""),
         "positions": real.size,
         "tokens": int(real.sum()),
+        "tokens_kind": setting.tokens_kind,
+        **_pairs(batch["segment_ids"], judged, config, mesh.size),
         "judged_rows": int(judged.sum()),
         "computed_rows": int((-(-of_device // block) * block).sum()),
         "model_flops": parts,
@@ -234,6 +241,45 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         setting.said["compiled_flops"] = mesh.size * compiled_flops.count(
             setting.compiled.as_text()
         )
+
+
+def _pairs(segments: np.ndarray, judged: np.ndarray, config: Config, devices: int) -> dict:
+    """How many pairs of row and key attention's walk computes for each that is seen.
+
+    segments, judged [A, B, T]. The target walks over every packed row, windows and chunks aside;
+    the rollout over the judged rows of a device, laid end to end, in blocks.
+    """
+    A, _, T = segments.shape
+    packed = segments.reshape(-1, T)
+    begins = np.diff(packed, prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(begins, np.arange(T), 0), axis=1)
+    target = [(np.arange(T), of_row) for of_row in first]
+
+    def of_devices(x: np.ndarray) -> np.ndarray:
+        return x.reshape(A, devices, -1, T).swapaxes(0, 1).reshape(devices, -1, T)
+
+    R, rollout = config.rollout_block_size, []
+    for begins_at, judged_here in zip(of_devices(first), of_devices(judged), strict=True):
+        starts = (begins_at + T * np.arange(len(begins_at))[:, None]).ravel()
+        rows = np.flatnonzero(judged_here)
+        rollout += [(rows[i : i + R], starts[rows[i : i + R]]) for i in range(0, len(rows), R)]
+    size = config.attention_block_size
+    return {
+        "target_pairs": _computed_by_seen(target, size, min(size, T)),
+        "rollout_pairs": _computed_by_seen(rollout, size, min(size, R)),
+    }
+
+
+def _computed_by_seen(calls: list[tuple[np.ndarray, np.ndarray]], keys: int, rows: int) -> float:
+    """calls: the rows that one call attends with, and the keys from which on they see them all up
+    to their own; keys, rows: in a block."""
+    computed = seen = 0
+    for at, first in calls:
+        seen += (at - first + 1).sum()
+        for i in range(0, len(at), rows):
+            blocks = at[i : i + rows].max() // keys + 1 - first[i : i + rows].min() // keys
+            computed += rows * keys * blocks
+    return float(computed / seen)
 
 
 # -------------------------------------------------------------------------------------- how long
@@ -263,7 +309,8 @@ class Running:
         self.state, said = self.setting.compiled(self.state, self.frozen, self.batch)
         jax.block_until_ready((self.state, said))
         seconds = time.perf_counter() - start
-        assert bool(said["finite"]), "the step's numbers are not finite"
+        if not said["finite"]:
+            raise ConfigError(f"{self.setting.name}: the step's numbers are not finite")
         return seconds
 
     def breakdown(self, repeats: int) -> dict[str, float]:
@@ -376,15 +423,21 @@ def table(setting: Setting) -> str:
         f"    {name:<19}{value / 1e9:>12,.2f}  {value / model:6.1%}"
         for name, value in said["model_flops"].items()
     ]
+    for name in ("traced", "compiled"):
+        if f"{name}_flops" in said:
+            flop = said[f"{name}_flops"]
+            lines.append(
+                f"  {name + ' FLOPs':<17}{flop / 1e9:,.1f} GFLOP on all devices, "
+                + (
+                    f"{flop / model:.3f} x the model's"
+                    if said["tokens_kind"] == "all"
+                    else "if rows were one document and all judged"
+                )
+            )
     lines.append(
-        f"  traced FLOPs     {said['traced_flops'] / 1e9:,.1f} GFLOP, "
-        f"{said['traced_flops'] / model:.3f} x the model's"
+        f"  attention        pairs of row and key computed / seen: target "
+        f"{said['target_pairs']:.3f}, rollout {said['rollout_pairs']:.3f}"
     )
-    if "compiled_flops" in said:
-        lines.append(
-            f"  compiled FLOPs   {said['compiled_flops'] / 1e9:,.1f} GFLOP on all devices, "
-            f"{said['compiled_flops'] / model:.3f} x the model's"
-        )
     if "step_seconds" in said:
         low, median, high = said["step_seconds"]
         lines.append(
@@ -404,7 +457,9 @@ def table(setting: Setting) -> str:
     return "\n".join(lines)
 
 
-def measure(settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int) -> list[float]:
+def measure(
+    settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int, profile: str = ""
+) -> list[float]:
     """Times the settings' steps in turn; -> seconds of each pair's second by its first."""
     running: list[Running] = []
     for setting, of_setting in zip(settings, shapes, strict=True):
@@ -412,9 +467,14 @@ def measure(settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int) 
     for one in running:
         one.step()
     times = np.array([[one.step() for one in running] for _ in range(steps)])
-    peak = matmul_peak(jnp.dtype(settings[0].config.dtype))
+    if profile:
+        with jax.profiler.trace(profile):
+            for one in 2 * running:
+                one.step()
     for one, seconds in zip(running, times.T, strict=True):
         said = one.setting.said
+        with one.setting.precision():
+            peak = matmul_peak(jnp.dtype(one.setting.config.dtype))
         median = float(np.median(seconds))
         rate = sum(said["model_flops"].values()) / median / one.setting.mesh.size
         said |= {
@@ -426,7 +486,7 @@ def measure(settings: list[Setting], shapes: list[tuple[Any, ...]], steps: int) 
         with one.setting.precision():
             said["breakdown"] = one.breakdown(max(3, steps // 2))
         kind = one.setting.mesh.devices.flat[0].device_kind
-        if kind in PEAK:
+        if kind in PEAK and one.setting.config.dtype == "bfloat16":
             said["mfu"] = rate / PEAK[kind]
     return (times[:, -1] / times[:, 0]).tolist()
 
@@ -437,34 +497,36 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile_only", action="store_true")
     parser.add_argument("--topology", default="")
-    parser.add_argument("--compare", default="")
+    parser.add_argument("--compare", type=shlex.split, default=[])
     parser.add_argument("--json", default="")
+    parser.add_argument("--profile", default="")
     flags, keys = parser.parse_known_args(argv[1:])
     if flags.steps < 1:
         parser.error("--steps must be 1 or more")
     if flags.json and not Path(flags.json).absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {Path(flags.json).absolute().parent}")
+    if Path(flags.json or "x").is_dir():
+        parser.error(f"--json: {flags.json} is a folder; name a file")
     compile_only = flags.compile_only or bool(flags.topology)
     devices = devices_of(flags.topology) if flags.topology else None
     variants = [keys]
     if flags.compare:
-        others = flags.compare.split()
-        replaced = {other.split("=")[0] for other in others}
-        variants.append([*(k for k in keys if k.split("=")[0] not in replaced), *others])
+        replaced = {other.split("=")[0] for other in flags.compare}
+        variants.append([*(k for k in keys if k.split("=")[0] not in replaced), *flags.compare])
     settings = [
         open_setting(
-            " ".join(variant[1:]) or "defaults",
+            " ".join(flags.compare if i else variant[1:]) or "defaults",
             pyconfig.initialize([argv[0], *variant], reads_files=False),
             flags.tokens,
             devices,
         )
-        for variant in variants
+        for i, variant in enumerate(variants)
     ]
     shapes = []
     for setting in settings:
         shapes.append(compile_step(setting))
         describe(setting, shapes[-1])
-    ratios = [] if compile_only else measure(settings, shapes, flags.steps)
+    ratios = [] if compile_only else measure(settings, shapes, flags.steps, flags.profile)
     print("\n\n".join(table(setting) for setting in settings), flush=True)
     if len(settings) > 1 and ratios:
         low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))

@@ -109,17 +109,15 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
     if config.attention_kernel == "xla":
         return "xla"
     platform = mesh.devices.flat[0].platform
-    if platform == "cpu":
-        return "interpreted"
     if platform != "tpu":
         raise ConfigError(
             f"attention_kernel=pallas: these kernels are a TPU's, and the devices are of platform "
             f"{platform}; write attention_kernel=xla"
         )
-    if config.attention_block_size % 128:
+    if config.attention_block_size not in (128, 256, 512):  # 512: what VMEM has room for
         raise ConfigError(
-            f"attention_kernel=pallas needs an attention_block_size that is a multiple of 128, "
-            f"and it is {config.attention_block_size}"
+            f"attention_kernel=pallas needs an attention_block_size of 128, 256 or 512, and it is "
+            f"{config.attention_block_size}"
         )
     return "pallas"
 
@@ -206,15 +204,16 @@ def make_programs(
             key = jax.random.fold_in(jax.random.key(config.data_shuffle_seed), step)
             key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
         blocks = Blocks.of(aligned, how, key)
+        could_count = counted
         aligned = blocks.run(aligned)
         counted &= aligned
-        if config.loss_denominator == "specforge":
-            denominators = jnp.full(config.ttt_length, counted.shape[1], jnp.float32)
-        else:
-            denominators = counted.sum(1).astype(jnp.float32)
-        weights = losses.row_weights(
-            counted, jax.lax.psum(denominators, mesh.axis_names), config.ttt_loss_decay
+        denominators, all_rows = jax.lax.psum(
+            [rows.sum(1).astype(jnp.float32) for rows in (counted, could_count)], mesh.axis_names
         )
+        if config.loss_denominator == "specforge":  # of all positions those that are as many
+            share = denominators / jnp.maximum(all_rows, 1.0)
+            denominators = share * mesh.size * counted.shape[1]
+        weights = losses.row_weights(counted, denominators, config.ttt_loss_decay)
         teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
         judgement = Judgement(teacher, frozen.teacher_head, frozen.target_to_draft, blocks, weights)
         return tokens, judgement, aligned, counted

@@ -215,6 +215,16 @@ def test_the_kernels_lower_for_a_tpu(dtype, group, d, dv):
     lowered = jax.export.export(jax.jit(jax.grad(total, (0, 1, 2))), platforms=["tpu"])(*arrays)
     assert lowered.mlir_module().count("tpu_custom_call") == 3  # forward, queries, keys
 
+    def of_rows(q, k, v, first, last):
+        keys = Keys.of(k, v, 256, 600, "pallas")
+        _, pull_back = jax.vjp(lambda *x: row_attention(*x, first, last), q, keys, keys.zeros())
+        return pull_back((q[..., :dv], jnp.ones(q.shape[:3]), keys.zeros()))[::2]
+
+    arrays = [x.update(shape=(1, *x.shape[1:])) for x in arrays[:3]]
+    arrays += 2 * [jax.ShapeDtypeStruct((1, 600), jnp.int32)]
+    lowered = jax.export.export(jax.jit(of_rows), platforms=["tpu"])(*arrays)
+    assert lowered.mlir_module().count("tpu_custom_call") == 3
+
 
 def test_scores_that_overflow_an_unshifted_softmax_stay_finite():
     q, k, v = make(0)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from MaxDraft import benchmark, compiled_flops, pyconfig
+from MaxDraft import benchmark, compiled_flops, pyconfig, train_step
 from MaxDraft.input_pipeline.synthetic import conversations
 from MaxDraft.pyconfig import ConfigError
 
@@ -86,15 +86,15 @@ def opened(*changes, tokens="all"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "products", "block", "share"),
-    [("xla", 7, 16, 1.0), ("xla", 7, 16, 0.5), ("pallas", 9, 32, 1.0)],
+    [("xla", 7, 16, 1.0), ("xla", 7, 16, 0.5), ("interpreted", 9, 32, 1.0)],
 )
 def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
-    kernel, products, block, share
+    kernel, products, block, share, monkeypatch
 ):
+    monkeypatch.setattr(train_step, "attention_kernel", lambda *_: kernel)
     said = opened(
         "ici_fsdp_parallelism=2",
         "ici_tensor_parallelism=4",
-        f"attention_kernel={kernel}",
         f"rollout_block_size={block}",
         f"later_step_share={share}",
     )
@@ -111,8 +111,8 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
         parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row
     assert said["traced_flops"] == pytest.approx(sum(parts.values()), rel=0.02)
     assert tokens == said["positions"] == 8 * 32
-    if kernel == "pallas":
-        return  # interpreted, the loops are not those that a TPU runs
+    if kernel == "interpreted":
+        return  # the loops are not those that a TPU runs
     # A head that every device of a tensor axis repeats would cost three times as much. XLA makes
     # the target's keys and values twice: 8 layers of 2 x 4 heads of 8.
     twice = 8 * 2 * tokens * H * 2 * 4 * 8
@@ -127,6 +127,43 @@ def test_more_memory_for_longer_rows_is_in_proportion():
     ]
     first, second = np.diff(bytes_of)
     assert second < 2.3 * first  # twice the tokens; four times if anything were [T, T]
+
+
+def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over():
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 3, 0, 0]])[None]
+    judged = np.zeros_like(segments, bool)
+    judged[0, 0, 5:7] = judged[0, 1, 2:5] = True
+    config = pyconfig.initialize(
+        ["b", BASE, "attention_block_size=2", "rollout_block_size=4"], reads_files=False
+    )
+    said = benchmark._pairs(segments, judged, config, 1)
+    # Blocks of two rows see, in blocks of two keys: 1 2 1 2, and 1 2 2 1.
+    assert said["target_pairs"] == 4 * 12 / (10 + 10 + 6 + 3 + 1 + 3)
+    # Rows 5 6 and 10 11, then 12 alone: keys 4..6, 8..11, 11..12.
+    assert said["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
+    apart = benchmark._pairs(segments, judged, config, 2)
+    assert apart["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json", "{folder}"], "is a folder"),
+        (["--json", "{folder}/no/x.json"], "there is no folder"),
+        (["--steps", "0"], "1 or more"),
+    ],
+)
+def test_wrong_flags_are_told_before_anything_is_compiled(flags, message, tmp_path, capsys):
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit):
+        benchmark.main(["benchmark.py", *SMALL, *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_tokens_without_a_judged_row_are_an_error_that_says_so():
+    short = ["max_target_length=10" if "max_target" in key else key for key in SMALL]
+    with pytest.raises(ConfigError, match="max_target_length=10 is too short"):
+        benchmark.main(["benchmark.py", *short, "--tokens", "chats", "--compile_only"])
 
 
 def test_conversations_are_packed_as_trained_and_fill_their_rows():
@@ -151,7 +188,9 @@ def test_a_comparison_alternates_and_everything_is_written(tmp_path, capsys):
         "--steps",
         "2",
         "--compare",
-        "rollout_block_size=32 loss=lk_alpha",
+        "rollout_block_size=32 loss=lk_alpha target_layer_ids='[1, 3, 5]'",
+        "--profile",
+        str(tmp_path / "trace"),
         "--json",
         str(path),
     ]
@@ -161,6 +200,7 @@ def test_a_comparison_alternates_and_everything_is_written(tmp_path, capsys):
         assert words in printed
     result = json.loads(path.read_text())
     assert len(result["ratios"]) == 2
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     for said in result["settings"]:
         assert set(said["breakdown"]) == {"target", "rollout", "loss", "optimizer"}
         low, median, high = said["step_seconds"]

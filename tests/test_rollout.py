@@ -3,9 +3,13 @@
 import dataclasses
 
 import harness
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+
+from MaxDraft.drafts.training_pass import Blocks, PassDims
 
 TOLERANCE = 1e-4  # max |a-b| / max |b|, float32 at highest precision against float64
 
@@ -140,14 +144,26 @@ def test_a_share_of_the_blocks_runs_later_steps_and_the_loss_is_that_of_its_rows
         taken = [b for b in blocks if later[b].any()]
         can = [b for b in blocks if whole.aligned[1:].any(0).ravel()[b].any()]
         assert len(can) == len(blocks) == 10
-        assert len(taken) == np.ceil(share * len(blocks))
+        assert len(taken) in (np.floor(share * len(blocks)), np.ceil(share * len(blocks)))
         only = np.zeros(later.size, bool)
-        only[np.concatenate(taken)] = True
+        only[[row for block in taken for row in block]] = True
         only = only.reshape(whole.aligned[0].shape)
         np.testing.assert_array_equal(ours.aligned[1:], whole.aligned[1:] & only)
-        assert_same(ours, harness.run(problem(), 3, only=np.stack([only | True, only, only])))
+        only_these = np.stack([only | True, only, only])
+        assert_same(ours, harness.run(problem(), 3, row_block=size, only=only_these))
         masks.append(only)
     assert len(np.unique(masks, axis=0)) > 1, "every seed draws the same rows"
+
+
+def test_the_share_is_right_on_average_and_no_block_is_preferred():
+    how = PassDims(3, "kl", row_block=4, attention_block=8, later_share=0.25)
+    aligned = jnp.ones((3, 50), bool).at[:, 40:].set(False)  # ten blocks have rows, three have none
+    draws = jax.vmap(lambda key: Blocks.of(aligned, how, key).run(aligned)[1])
+    drawn = np.asarray(draws(jax.random.split(jax.random.key(0), 1000)))[:, :40:4]
+    assert set(drawn.sum(1)) == {2, 3}  # of 2.5
+    # A mean of 1000 draws lies within four of its deviations.
+    assert abs(drawn.mean() - 0.25) < 4 * 0.05 / 1000**0.5
+    assert (abs(drawn.mean(0) - 0.25) < 4 * 0.433 / 1000**0.5).all()
 
 
 def packed_elsewhere(given, placement, length=23):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from models import CAPTURE, llama, random_head, random_target, tiny_dims, tiny_head_dims
 
-from MaxDraft import flops, pyconfig, sharding
+from MaxDraft import flops, pyconfig, sharding, train_step
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.layers.rope import Rope
 from MaxDraft.optimizer import learning_rate_schedule
-from MaxDraft.train_step import Frozen, attention_kernel, make_programs
+from MaxDraft.train_step import Frozen, make_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = tiny_dims()
@@ -238,9 +239,12 @@ def test_evaluation_pools_the_same_sums_as_the_training_step():
     close(evaluated, {name: trained[name] for name in evaluated})
 
 
-def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew():
-    everything = programs(config("rollout_block_size=4"))
-    built = programs(config("rollout_block_size=4", "later_step_share=0.5"))
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("denominator", ["counted", "specforge"])
+def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew(denominator, devices):
+    keys = ("rollout_block_size=4", f"loss_denominator={denominator}")
+    everything = programs(config(*keys), devices)
+    built = programs(config(*keys, "later_step_share=0.5"), devices)
     batch = split(rows(), 2)
 
     def step(number):
@@ -252,7 +256,10 @@ def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew():
     for said in told:
         np.testing.assert_allclose(said["loss_sum"][0], whole["loss_sum"][0], rtol=1e-5)
         assert 0.2 < said["aligned_rows"][1] / whole["aligned_rows"][1] < 0.8
-        means = said["loss_sum"] / said["counted_rows"]
+        below = said["counted_rows"]
+        if denominator == "specforge":  # the same share of all positions as of the rows
+            below = 4 * LENGTH * below / whole["counted_rows"]
+        means = said["loss_sum"] / below
         total = (0.8 ** np.arange(len(means)) * means).sum()
         np.testing.assert_allclose(said["total_loss"], total, rtol=1e-5)
     close(told[0], told[1])
@@ -261,10 +268,11 @@ def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew():
     close(*judged)
 
 
-def test_a_tpus_kernels_give_the_same_step():
+def test_a_tpus_kernels_give_the_same_step(monkeypatch):
     steps = []
-    for kernel in ("xla", "pallas"):
-        built = programs(config(f"attention_kernel={kernel}", "rollout_block_size=8"), devices=2)
+    for kernel in ("xla", "interpreted"):
+        monkeypatch.setattr(train_step, "attention_kernel", lambda *_, kernel=kernel: kernel)
+        built = programs(config("rollout_block_size=8"), devices=2)
         state, batch = built.initialize(random_head(HEAD)), split(rows(), 1)
         seen = built.parts.target(frozen(), batch)
         steps.append((seen, *built.parts.draft(state, batch, seen, frozen())))
@@ -289,20 +297,17 @@ def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
     assert np.linalg.norm(b) == pytest.approx(np.linalg.norm(a), rel=0.05)
 
 
-def test_pallas_on_a_gpu_is_an_error_that_says_what_to_write():
-    class Gpu:
-        platform = "gpu"
-
-    class Mesh:
-        devices = np.array([Gpu()])
-
-    with pytest.raises(pyconfig.ConfigError, match="attention_kernel=xla"):
-        attention_kernel(config("attention_kernel=pallas"), Mesh())
-    Gpu.platform = "tpu"
-    with pytest.raises(pyconfig.ConfigError, match="multiple of 128"):
-        attention_kernel(config("attention_kernel=pallas"), Mesh())
-    blocks = ("attention_kernel=pallas", "attention_block_size=256")
-    assert attention_kernel(config(*blocks), Mesh()) == "pallas"
+def test_pallas_anywhere_but_on_a_tpu_is_an_error_that_says_what_to_write():
+    with pytest.raises(pyconfig.ConfigError, match="platform cpu; write attention_kernel=xla"):
+        programs(config("attention_kernel=pallas"))
+    chip = types.SimpleNamespace(platform="tpu")
+    mesh = types.SimpleNamespace(devices=np.array([chip]))
+    for size in ("8", "192", "1024"):
+        wrong = config("attention_kernel=pallas", f"attention_block_size={size}")
+        with pytest.raises(pyconfig.ConfigError, match=f"128, 256 or 512, and it is {size}"):
+            train_step.attention_kernel(wrong, mesh)
+    right = config("attention_kernel=pallas", "attention_block_size=256")
+    assert train_step.attention_kernel(right, mesh) == "pallas"
 
 
 def test_no_intermediate_holds_every_logit_or_every_attention_score():

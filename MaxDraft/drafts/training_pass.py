@@ -9,13 +9,13 @@ Rows that nobody judges are never rolled out: the judged ones are put first, and
 the last of them. The work is that of the judged rows, rounded up to a block, whatever share of the
 batch they are; nothing can overflow. Activations exist for one block.
 
-On request only a random share of the blocks runs all K steps, and the others their first one.
+On request only a random share of the blocks runs all K steps, and the others their first one; a
+step's loss is then the mean over the rows that run it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -183,9 +183,10 @@ class Blocks:
         sequence = jnp.arange(-(-length // size))
         whole = count
         if how.later_share < 1:
-            lots = jax.random.uniform(key, sequence.shape) + (sequence >= count)
-            sequence = jnp.argsort(lots)
-            whole = jnp.ceil(how.later_share * count).astype(count.dtype)
+            lots, rounding = (jax.random.uniform(k, sequence.shape) for k in jax.random.split(key))
+            sequence = jnp.argsort(lots + (sequence >= count))
+            # Up or down by lot, so that the share is right on average, if blocks are few as well.
+            whole = jnp.floor(how.later_share * count + rounding[0]).astype(count.dtype)
         order = jnp.pad(order, (0, -length % size + how.ttt_length - 1), constant_values=-1)
         return cls(order, sequence, count, whole, how)
 
@@ -206,17 +207,16 @@ class Blocks:
     def over(self, body, carry):
         """carry = body(i, steps, carry) for every block with a row."""
         most, K, share = len(self.sequence), self.how.ttt_length, self.how.later_share
-        all_steps = math.ceil(share * most)
 
         def loop(start, stop, usual, steps, carry):
-            with jax.named_scope(f"runs_{usual}_times"):
+            with jax.named_scope(f"runs_{usual:.2f}_times"):
                 return jax.lax.fori_loop(
                     start, stop, lambda j, carry: body(self.sequence[j], steps, carry), carry
                 )
 
-        carry = loop(0, self.whole, all_steps, K, carry)
+        carry = loop(0, self.whole, share * most, K, carry)
         if share < 1:
-            carry = loop(self.whole, self.count, most - all_steps, 1, carry)
+            carry = loop(self.whole, self.count, (1 - share) * most, 1, carry)
         return carry
 
 

@@ -16,6 +16,7 @@ softmax (`joined`), and has its gradient.
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 
 import jax
@@ -60,7 +61,13 @@ def packed_attention(
     if active is None:
         return attend(*given, kernel=kernel)
     if q.shape[2] % shares or max(shares, kv_heads) % min(shares, kv_heads):
-        return attend(*given, kernel="xla")  # which XLA can split as it likes
+        if kernel != "xla":
+            warnings.warn(
+                f"{q.shape[2]} heads over {kv_heads} of keys do not divide over {shares} devices: "
+                f"the target attends by XLA, which splits as it can",
+                stacklevel=2,
+            )
+        return attend(*given, kernel="xla")
     if kv_heads < shares:  # every device needs the one key head that its query heads share
         k, v = (jnp.repeat(x, shares // kv_heads, axis=2) for x in (k, v))
     mesh, rules = active
