@@ -204,15 +204,15 @@ def make_programs(
             key = jax.random.fold_in(jax.random.key(config.data_shuffle_seed), step)
             key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
         blocks = Blocks.of(aligned, how, key)
-        could_count = counted
+        if config.loss_denominator == "specforge":
+            denominators = jnp.full(config.ttt_length, counted.shape[1], jnp.float32)
+        else:
+            denominators = counted.sum(1).astype(jnp.float32)
+        denominators = jax.lax.psum(denominators, mesh.axis_names)
         aligned = blocks.run(aligned)
         counted &= aligned
-        denominators, all_rows = jax.lax.psum(
-            [rows.sum(1).astype(jnp.float32) for rows in (counted, could_count)], mesh.axis_names
-        )
-        if config.loss_denominator == "specforge":  # of all positions those that are as many
-            share = denominators / jnp.maximum(all_rows, 1.0)
-            denominators = share * mesh.size * counted.shape[1]
+        # Rows that run later steps for others count for them: the mean of all draws is the loss.
+        denominators = denominators.at[1:].multiply(how.later_share)
         weights = losses.row_weights(counted, denominators, config.ttt_loss_decay)
         teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
         judgement = Judgement(teacher, frozen.teacher_head, frozen.target_to_draft, blocks, weights)

@@ -256,16 +256,28 @@ def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew(den
     for said in told:
         np.testing.assert_allclose(said["loss_sum"][0], whole["loss_sum"][0], rtol=1e-5)
         assert 0.2 < said["aligned_rows"][1] / whole["aligned_rows"][1] < 0.8
-        below = said["counted_rows"]
-        if denominator == "specforge":  # the same share of all positions as of the rows
-            below = 4 * LENGTH * below / whole["counted_rows"]
-        means = said["loss_sum"] / below
+        below = 4 * LENGTH if denominator == "specforge" else whole["counted_rows"]
+        means = said["loss_sum"] / below / np.array([1, 0.5, 0.5])  # a row counts for two
         total = (0.8 ** np.arange(len(means)) * means).sum()
         np.testing.assert_allclose(said["total_loss"], total, rtol=1e-5)
     close(told[0], told[1])
     assert len({float(said["alpha_sum"][1]) for said in told}) == 3
     judged = (b.evaluate(random_head(HEAD), frozen(), batch) for b in (built, everything))
     close(*judged)
+
+
+def test_with_a_share_of_the_rows_the_mean_loss_is_that_of_all():
+    # The default block holds all rows of a device, which run later steps or do not.
+    everything = programs(config())
+    built = programs(config("later_step_share=0.25"))
+    batch = split(rows(), 1)
+    whole = everything.train(everything.initialize(random_head(HEAD)), frozen(), batch)[1]
+    losses = []
+    for number in range(200):
+        state = dataclasses.replace(built.initialize(random_head(HEAD)), step=jnp.int32(number))
+        losses.append(float(built.train(state, frozen(), batch)[1]["total_loss"]))
+    deviation = np.std(losses) / len(losses) ** 0.5
+    assert abs(np.mean(losses) - float(whole["total_loss"])) < 4 * deviation
 
 
 def test_a_tpus_kernels_give_the_same_step(monkeypatch):

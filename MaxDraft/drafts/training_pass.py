@@ -9,8 +9,7 @@ Rows that nobody judges are never rolled out: the judged ones are put first, and
 the last of them. The work is that of the judged rows, rounded up to a block, whatever share of the
 batch they are; nothing can overflow. Activations exist for one block.
 
-On request only a random share of the blocks runs all K steps, and the others their first one; a
-step's loss is then the mean over the rows that run it.
+On request only a random share of the blocks runs all K steps, and the others their first one.
 """
 
 from __future__ import annotations
