@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import shlex
 import sys
 import time
@@ -91,6 +93,7 @@ class Setting:
     mesh: jax.sharding.Mesh
     tokens: dict[str, np.ndarray]  # [A, B, T]
     tokens_kind: str  # of --tokens
+    judged: np.ndarray  # bool [A, B, T]
     compiled: Any = None
     said: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -115,6 +118,7 @@ def open_setting(
     )
     rows = config.gradient_accumulation_steps, config.per_device_batch_size * mesh.size
     make = whole_rows if tokens == "all" else conversations
+    drawn = make(*rows, config.max_target_length, target.vocab_size)
     return Setting(
         name=name,
         config=config,
@@ -123,9 +127,26 @@ def open_setting(
         programs=make_programs(config, target, head, capture, mesh, 1000),
         table=decoder_params(target, capture, jnp.dtype(config.weight_dtype)),
         mesh=mesh,
-        tokens=make(*rows, config.max_target_length, target.vocab_size),
+        tokens=drawn,
         tokens_kind=tokens,
+        judged=judged_rows(config, drawn),
     )
+
+
+def judged_rows(config: Config, tokens: dict[str, np.ndarray]) -> np.ndarray:
+    """bool [A, B, T]: rows that some step of the rollout judges; ConfigError if there is none."""
+    turns, segments = (
+        jnp.asarray(tokens[name].reshape(-1, config.max_target_length))
+        for name in ("turn_ids", "segment_ids")
+    )
+    aligned = alignment.aligned_rows(turns, segments, config.ttt_length, config.loss_alignment)
+    judged = np.asarray(aligned.any(0)).reshape(tokens["tokens"].shape)
+    if not judged.any():
+        raise ConfigError(
+            f"no row of these tokens is judged: max_target_length={config.max_target_length} is "
+            f"too short for them"
+        )
+    return judged
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
@@ -192,24 +213,13 @@ def compile_step(setting: Setting) -> tuple[TrainState, Frozen, dict[str, Any]]:
 def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
     """Counts tokens, rows and FLOPs of a step."""
     config, mesh, batch = setting.config, setting.mesh, setting.tokens
-    aligned = alignment.aligned_rows(
-        *(
-            jnp.asarray(batch[name].reshape(-1, config.max_target_length))
-            for name in ("turn_ids", "segment_ids")
-        ),
-        config.ttt_length,
-        config.loss_alignment,
-    )
-    judged = np.asarray(aligned.any(0)).reshape(*batch["tokens"].shape)
-    if not judged.any():
-        raise ConfigError(
-            f"no row of these tokens is judged: max_target_length={config.max_target_length} is "
-            f"too short for them"
-        )
+    judged = setting.judged
     # A device has its part of every micro-batch, and rounds its judged rows up to a block.
     A, B, T = judged.shape
     of_device = judged.reshape(A, mesh.size, -1).sum((0, 2))
     block = min(config.rollout_block_size, A * B * T // mesh.size)
+    rules = dict(config.logical_axis_rules)
+    target_shares = math.prod(mesh.shape[axis] for axis in rules["target_batch"])
     real = batch["segment_ids"] > 0
     lengths = document_lengths(batch["segment_ids"])
     per_token = flops.per_token(
@@ -231,7 +241,7 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         "positions": real.size,
         "tokens": int(real.sum()),
         "tokens_kind": setting.tokens_kind,
-        **_pairs(batch["segment_ids"], judged, config, mesh.size),
+        **_pairs(batch["segment_ids"], judged, config, mesh.size, target_shares),
         "judged_rows": int(judged.sum()),
         "computed_rows": int((-(-of_device // block) * block).sum()),
         "model_flops": parts,
@@ -243,17 +253,23 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         )
 
 
-def _pairs(segments: np.ndarray, judged: np.ndarray, config: Config, devices: int) -> dict:
+def _pairs(
+    segments: np.ndarray, judged: np.ndarray, config: Config, devices: int, target_shares: int
+) -> dict[str, float]:
     """How many pairs of row and key attention's walk computes for each that is seen.
 
-    segments, judged [A, B, T]. The target walks over every packed row, windows and chunks aside;
-    the rollout over the judged rows of a device, laid end to end, in blocks.
+    segments, judged [A, B, T]. The target walks over its packed rows of a micro-batch together,
+    windows and chunks aside; the rollout over the judged rows of a device, laid end to end.
     """
-    A, _, T = segments.shape
+    A, B, T = segments.shape
     packed = segments.reshape(-1, T)
     begins = np.diff(packed, prepend=-1) != 0
     first = np.maximum.accumulate(np.where(begins, np.arange(T), 0), axis=1)
-    target = [(np.arange(T), of_row) for of_row in first]
+    together = B // target_shares
+    target = [
+        (np.tile(np.arange(T), (together, 1)), first[i : i + together])
+        for i in range(0, len(first), together)
+    ]
 
     def of_devices(x: np.ndarray) -> np.ndarray:
         return x.reshape(A, devices, -1, T).swapaxes(0, 1).reshape(devices, -1, T)
@@ -262,7 +278,8 @@ def _pairs(segments: np.ndarray, judged: np.ndarray, config: Config, devices: in
     for begins_at, judged_here in zip(of_devices(first), of_devices(judged), strict=True):
         starts = (begins_at + T * np.arange(len(begins_at))[:, None]).ravel()
         rows = np.flatnonzero(judged_here)
-        rollout += [(rows[i : i + R], starts[rows[i : i + R]]) for i in range(0, len(rows), R)]
+        calls = (rows[None, i : i + R] for i in range(0, len(rows), R))
+        rollout += [(call, starts[call]) for call in calls]
     size = config.attention_block_size
     return {
         "target_pairs": _computed_by_seen(target, size, min(size, T)),
@@ -271,14 +288,15 @@ def _pairs(segments: np.ndarray, judged: np.ndarray, config: Config, devices: in
 
 
 def _computed_by_seen(calls: list[tuple[np.ndarray, np.ndarray]], keys: int, rows: int) -> float:
-    """calls: the rows that one call attends with, and the keys from which on they see them all up
-    to their own; keys, rows: in a block."""
+    """calls: the rows [b, R] that one call attends with, and the keys from which on they see them
+    all up to their own; keys, rows: in a block."""
     computed = seen = 0
     for at, first in calls:
         seen += (at - first + 1).sum()
-        for i in range(0, len(at), rows):
-            blocks = at[i : i + rows].max() // keys + 1 - first[i : i + rows].min() // keys
-            computed += rows * keys * blocks
+        for i in range(0, at.shape[1], rows):
+            here = np.s_[:, i : i + rows]
+            blocks = at[here].max() // keys + 1 - first[here].min() // keys
+            computed += len(at) * rows * keys * blocks
     return float(computed / seen)
 
 
@@ -341,28 +359,33 @@ class Running:
         said = self.setting.said
         R = min(config.rollout_block_size, said["computed_rows"] // self.setting.mesh.size)
         blocks = said["computed_rows"] // self.setting.mesh.size // R
+        whole = round(config.later_step_share * blocks)
         dtype = jnp.dtype(config.dtype)
 
         def run(hidden, weight, teacher):
             teacher_head = weight.astype(dtype)
 
-            def of_block(_, carry):
+            def of_block(i, carry, steps):
                 hidden, d_weight = carry
 
                 def loss(hidden):
                     logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
                     log_norm = jax.nn.logsumexp(logits, -1) + 1
                     judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
-                    weights = jnp.full((K, R), 1.0 / R)
+                    weights = jnp.full((steps, R), 1.0 / R)
                     total, _, new = losses.judged(
-                        hidden, weight, d_weight, judge, weights, config.loss
+                        hidden[:steps], weight, d_weight, judge, weights, config.loss
                     )
                     return total, new
 
                 d_hidden, d_weight = jax.grad(loss, has_aux=True)(hidden)
                 return hidden + 1e-3 * d_hidden, d_weight
 
-            return jax.lax.fori_loop(0, blocks, of_block, (hidden, jnp.zeros_like(weight)))
+            carry = hidden, jnp.zeros_like(weight)
+            for start, stop, steps in ((0, whole, K), (whole, blocks, 1)):
+                of_steps = functools.partial(of_block, steps=steps)
+                carry = jax.lax.fori_loop(start, stop, of_steps, carry)
+            return carry
 
         keys = jax.random.split(jax.random.key(0), 3)
         hidden = jax.random.normal(keys[0], (K, R, H), dtype)
@@ -497,7 +520,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile_only", action="store_true")
     parser.add_argument("--topology", default="")
-    parser.add_argument("--compare", type=shlex.split, default=[])
+    parser.add_argument("--compare", type=shlex.split)
     parser.add_argument("--json", default="")
     parser.add_argument("--profile", default="")
     flags, keys = parser.parse_known_args(argv[1:])
@@ -505,9 +528,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--steps must be 1 or more")
     if flags.json and not Path(flags.json).absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {Path(flags.json).absolute().parent}")
-    if Path(flags.json or "x").is_dir():
+    if flags.json and Path(flags.json).is_dir():
         parser.error(f"--json: {flags.json} is a folder; name a file")
+    if flags.profile and Path(flags.profile).is_file():
+        parser.error(f"--profile: {flags.profile} is a file; name a folder")
+    if flags.compare == []:
+        parser.error("--compare: give the keys that the second setting has besides")
     compile_only = flags.compile_only or bool(flags.topology)
+    if compile_only and flags.profile:
+        parser.error("--profile: nothing is run where a step is only compiled")
     devices = devices_of(flags.topology) if flags.topology else None
     variants = [keys]
     if flags.compare:

@@ -136,12 +136,14 @@ def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over()
     config = pyconfig.initialize(
         ["b", BASE, "attention_block_size=2", "rollout_block_size=4"], reads_files=False
     )
-    said = benchmark._pairs(segments, judged, config, 1)
-    # Blocks of two rows see, in blocks of two keys: 1 2 1 2, and 1 2 2 1.
-    assert said["target_pairs"] == 4 * 12 / (10 + 10 + 6 + 3 + 1 + 3)
+    said = benchmark._pairs(segments, judged, config, 1, 2)
+    # Blocks of two rows see, in blocks of two keys: 1 2 1 2, and 1 2 2 1; together 1 2 2 2.
+    seen = 10 + 10 + 6 + 3 + 1 + 3
+    assert said["target_pairs"] == 4 * 12 / seen
+    assert benchmark._pairs(segments, judged, config, 1, 1)["target_pairs"] == 4 * 14 / seen
     # Rows 5 6 and 10 11, then 12 alone: keys 4..6, 8..11, 11..12.
     assert said["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
-    apart = benchmark._pairs(segments, judged, config, 2)
+    apart = benchmark._pairs(segments, judged, config, 2, 2)
     assert apart["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
 
 
@@ -151,6 +153,9 @@ def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over()
         (["--json", "{folder}"], "is a folder"),
         (["--json", "{folder}/no/x.json"], "there is no folder"),
         (["--steps", "0"], "1 or more"),
+        (["--compare", ""], "the second setting"),
+        (["--profile", __file__], "is a file"),
+        (["--profile", "{folder}", "--compile_only"], "only compiled"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_compiled(flags, message, tmp_path, capsys):

@@ -336,6 +336,8 @@ def test_no_intermediate_holds_every_logit_or_every_attention_score():
         f"{rows_ * length}x{len(IDS)}xf32",
         f"x{length}x{length}xf32",
         f"x{rows_ * length}x{rows_ * length}xf32",
+        f"x{length}x{2 * length}xf32",  # [keys, rows] of two heads that share a key
+        f"x{rows_ * length}x{2 * rows_ * length}xf32",
     ):
         assert forbidden not in text
 
