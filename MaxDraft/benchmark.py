@@ -43,7 +43,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from MaxDraft import compiled_flops, flops, pyconfig, sharding, traced_flops
+from MaxDraft import attention_pairs, compiled_flops, flops, pyconfig, sharding, traced_flops
 from MaxDraft.drafts import alignment, losses
 from MaxDraft.drafts.eagle3 import HeadDims
 from MaxDraft.head_dims import head_dims
@@ -241,7 +241,9 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         "positions": real.size,
         "tokens": int(real.sum()),
         "tokens_kind": setting.tokens_kind,
-        **_pairs(batch["segment_ids"], judged, config, mesh.size, target_shares),
+        **attention_pairs.computed_by_seen(
+            batch["segment_ids"], judged, config, mesh.size, target_shares
+        ),
         "judged_rows": int(judged.sum()),
         "computed_rows": int((-(-of_device // block) * block).sum()),
         "model_flops": parts,
@@ -251,53 +253,6 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         setting.said["compiled_flops"] = mesh.size * compiled_flops.count(
             setting.compiled.as_text()
         )
-
-
-def _pairs(
-    segments: np.ndarray, judged: np.ndarray, config: Config, devices: int, target_shares: int
-) -> dict[str, float]:
-    """How many pairs of row and key attention's walk computes for each that is seen.
-
-    segments, judged [A, B, T]. The target walks over its packed rows of a micro-batch together,
-    windows and chunks aside; the rollout over the judged rows of a device, laid end to end.
-    """
-    A, B, T = segments.shape
-    packed = segments.reshape(-1, T)
-    begins = np.diff(packed, prepend=-1) != 0
-    first = np.maximum.accumulate(np.where(begins, np.arange(T), 0), axis=1)
-    together = B // target_shares
-    target = [
-        (np.tile(np.arange(T), (together, 1)), first[i : i + together])
-        for i in range(0, len(first), together)
-    ]
-
-    def of_devices(x: np.ndarray) -> np.ndarray:
-        return x.reshape(A, devices, -1, T).swapaxes(0, 1).reshape(devices, -1, T)
-
-    R, rollout = config.rollout_block_size, []
-    for begins_at, judged_here in zip(of_devices(first), of_devices(judged), strict=True):
-        starts = (begins_at + T * np.arange(len(begins_at))[:, None]).ravel()
-        rows = np.flatnonzero(judged_here)
-        calls = (rows[None, i : i + R] for i in range(0, len(rows), R))
-        rollout += [(call, starts[call]) for call in calls]
-    size = config.attention_block_size
-    return {
-        "target_pairs": _computed_by_seen(target, size, min(size, T)),
-        "rollout_pairs": _computed_by_seen(rollout, size, min(size, R)),
-    }
-
-
-def _computed_by_seen(calls: list[tuple[np.ndarray, np.ndarray]], keys: int, rows: int) -> float:
-    """calls: the rows [b, R] that one call attends with, and the keys from which on they see them
-    all up to their own; keys, rows: in a block."""
-    computed = seen = 0
-    for at, first in calls:
-        seen += (at - first + 1).sum()
-        for i in range(0, at.shape[1], rows):
-            here = np.s_[:, i : i + rows]
-            blocks = at[here].max() // keys + 1 - first[here].min() // keys
-            computed += len(at) * rows * keys * blocks
-    return float(computed / seen)
 
 
 # -------------------------------------------------------------------------------------- how long

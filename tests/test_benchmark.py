@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from MaxDraft import benchmark, compiled_flops, pyconfig, train_step
+from MaxDraft import attention_pairs, benchmark, compiled_flops, pyconfig, train_step
 from MaxDraft.input_pipeline.synthetic import conversations
 from MaxDraft.pyconfig import ConfigError
 
@@ -136,14 +136,17 @@ def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over()
     config = pyconfig.initialize(
         ["b", BASE, "attention_block_size=2", "rollout_block_size=4"], reads_files=False
     )
-    said = benchmark._pairs(segments, judged, config, 1, 2)
+    said = attention_pairs.computed_by_seen(segments, judged, config, 1, 2)
     # Blocks of two rows see, in blocks of two keys: 1 2 1 2, and 1 2 2 1; together 1 2 2 2.
     seen = 10 + 10 + 6 + 3 + 1 + 3
     assert said["target_pairs"] == 4 * 12 / seen
-    assert benchmark._pairs(segments, judged, config, 1, 1)["target_pairs"] == 4 * 14 / seen
+    assert (
+        attention_pairs.computed_by_seen(segments, judged, config, 1, 1)["target_pairs"]
+        == 4 * 14 / seen
+    )
     # Rows 5 6 and 10 11, then 12 alone: keys 4..6, 8..11, 11..12.
     assert said["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
-    apart = benchmark._pairs(segments, judged, config, 2, 2)
+    apart = attention_pairs.computed_by_seen(segments, judged, config, 2, 2)
     assert apart["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
 
 
