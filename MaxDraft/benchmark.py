@@ -13,8 +13,9 @@ read, and nothing but jax, optax and pyyaml imported.
              chats    packed conversations with ShareGPT's mean lengths
     --steps N         timed steps (10), after one that is not timed
     --compile_only    no weights and no step: bytes and FLOPs of the compiled program
-    --topology NAME   compiles for a TPU slice that need not be there (v5e:2x4, v5p:2x2x1, v6e:2x2);
-                      where DEVICE=tpu bash setup.sh has installed its compiler, libtpu
+    --topology NAME   compiles for devices that need not be there: a TPU slice (v5e:2x4, v5p:2x2x1,
+                      v6e:2x2) or the GPUs of one host (h100:1, h200:8); where DEVICE=tpu or
+                      DEVICE=cuda bash setup.sh has installed their compiler
     --compare "K=V .."  the same with these keys besides; steps alternate, so that their ratio
                       means something on a machine that does other work as well
     --profile FOLDER  a trace of two more steps, for TensorBoard or Perfetto
@@ -78,6 +79,36 @@ PEAK = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+# What XLA asks of a GPU to compile for it (xla/backends/gpu/target_config/specs, H100 SXM). An H200
+# is that processor with more memory, in bytes.
+GPU_MEMORY = {"h100": 84_929_347_584, "h200": 150_000_000_000}
+HOPPER = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA Hopper"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  device_memory_size: %d
+  memory_bandwidth: 3352320000000
+  clock_rate_ghz: 1.98
+  core_count: 132
+  fpus_per_core: 128
+  l2_cache_size: 52428800
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
 
 
 @dataclasses.dataclass
@@ -150,14 +181,20 @@ def judged_rows(config: Config, tokens: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """Those of a TPU slice that need not be there."""
-    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    """Those of a TPU slice or of a host with GPUs, which need not be there."""
+    kind, _, count = topology.partition(":")
+    if kind in GPU_MEMORY:
+        platform = "cuda"
+        given = {"target_config": HOPPER % GPU_MEMORY[kind], "topology": f"1x1x{count}"}
+    else:
+        platform = "tpu"
+        given = {"chips_per_host_bounds": (1, 1, 1)} if count == "1x1" else {}
     try:
-        return topologies.get_topology_desc(topology, "tpu", **one_chip).devices
-    except Exception as error:  # of several types, as it is not known, or libtpu is not there
+        return topologies.get_topology_desc(topology, platform, **given).devices
+    except Exception as error:  # of several types, as it is not known, or no compiler is there
         raise ConfigError(
-            f"--topology {topology}: {str(error).splitlines()[0]}\n(it takes libtpu, which "
-            f"DEVICE=tpu bash setup.sh installs, and a name like v5e:1x1 or v5e:2x4)"
+            f"--topology {topology}: {str(error).splitlines()[0]}\n(it takes the compiler that "
+            f"DEVICE={platform} bash setup.sh installs, and a name like v5e:1x1, v5e:2x4 or h100:8)"
         ) from error
 
 

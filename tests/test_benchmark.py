@@ -233,6 +233,9 @@ def test_a_model_without_dimensions_is_an_error_that_says_what_to_give():
         benchmark.main(["benchmark.py", BASE])
 
 
-def test_a_tpu_slice_that_nobody_knows_is_an_error_that_says_what_it_takes():
-    with pytest.raises(ConfigError, match=r"--topology v99:7x7: .*\n.*DEVICE=tpu"):
-        benchmark.main(["benchmark.py", *SMALL, "--topology", "v99:7x7"])
+@pytest.mark.parametrize(
+    ("topology", "platform"), [("v99:7x7", "tpu"), ("h300:1", "tpu"), ("h100:some", "cuda")]
+)
+def test_devices_that_nobody_knows_are_an_error_that_says_what_it_takes(topology, platform):
+    with pytest.raises(ConfigError, match=rf"--topology {topology}: .*\n.*DEVICE={platform} "):
+        benchmark.main(["benchmark.py", *SMALL, "--topology", topology])
