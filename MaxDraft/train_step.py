@@ -109,17 +109,17 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
     if config.attention_kernel == "xla":
         return "xla"
     platform = mesh.devices.flat[0].platform
-    if platform != "tpu":
+    if platform not in ("tpu", "gpu"):
         raise ConfigError(
-            f"attention_kernel=pallas: these kernels are a TPU's, and the devices are of platform "
-            f"{platform}; write attention_kernel=xla"
+            f"attention_kernel=pallas: these kernels are a TPU's or a GPU's, and the devices are "
+            f"of platform {platform}; write attention_kernel=xla"
         )
     if config.attention_block_size not in (128, 256, 512):  # 512: what VMEM has room for
         raise ConfigError(
             f"attention_kernel=pallas needs an attention_block_size of 128, 256 or 512, and it is "
             f"{config.attention_block_size}"
         )
-    return "pallas"
+    return platform
 
 
 def make_programs(

@@ -8,9 +8,9 @@ two numbers a row, and a block of keys that no row of a block sees is not comput
 
     out = softmax(q k^T) v        log_sum = log sum exp(q k^T)
 
-Forward and backward walk over blocks of keys (attention_xla.py, or attention_tpu.py's kernels):
-memory grows with T, never with T * T. `log_sum` joins what a row sees elsewhere under the same
-softmax (`joined`), and has its gradient.
+Forward and backward walk over blocks of keys (attention_xla.py, or the kernels of attention_tpu.py
+and attention_gpu.py): memory grows with T, never with T * T. `log_sum` joins what a row sees
+elsewhere under the same softmax (`joined`), and has its gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from MaxDraft.layers import attention_tpu, attention_xla
+from MaxDraft.layers import attention_gpu, attention_tpu, attention_xla
 from MaxDraft.layers.attention_keys import MASKED, PLAIN, Keys, Scoring
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.sharding import active_rules, partition_spec, ways
@@ -160,7 +160,9 @@ row_attention.defvjp(_row_attention_forward, _row_attention_backward)
 
 
 def _walks(keys: Keys) -> ModuleType:
-    return attention_xla if keys.kernel == "xla" else attention_tpu
+    if keys.kernel == "xla":
+        return attention_xla
+    return attention_tpu if keys.kernel.startswith("tpu") else attention_gpu
 
 
 def joined(

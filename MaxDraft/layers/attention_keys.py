@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-KERNELS = ("xla", "pallas", "interpreted")  # attention_xla.py; attention_tpu.py's, or its test
+# attention_xla.py, attention_tpu.py, attention_gpu.py; tests interpret the kernels.
+KERNELS = ("xla", "tpu", "gpu", "tpu_interpreted", "gpu_interpreted")
 MASKED = -1e30  # finite, so that a row without any key stays free of NaN
 NOTHING = -1e29  # the maximum of no scores: above MASKED, so that exp(MASKED - it) is 0
 
@@ -46,7 +47,7 @@ class Keys:
         kernel: str = "xla",
     ) -> Keys:
         reach = k.shape[1] if reach is None else reach
-        if kernel == "xla":  # the kernels' blocks are as wide as the TPU's registers
+        if kernel == "xla":  # a kernel's blocks are as wide as its device has it
             block = min(block, k.shape[1])
         k, v = (pad(jnp.swapaxes(x, 1, 2), 2, block) for x in (k, v))
         return cls(k, v, block, reach, kernel)

@@ -337,7 +337,7 @@ class _Walk:
                 compiler_params=pltpu.CompilerParams(
                     dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
                 ),
-                interpret=self.keys.kernel == "interpreted",
+                interpret=self.keys.kernel.endswith("interpreted"),
             )(*scalars, *(x for x, _ in inputs))
 
 
