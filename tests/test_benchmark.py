@@ -86,7 +86,12 @@ def opened(*changes, tokens="all"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "products", "block", "share"),
-    [("xla", 7, 16, 1.0), ("xla", 7, 16, 0.5), ("interpreted", 9, 32, 1.0)],
+    [
+        ("xla", 7, 16, 1.0),
+        ("xla", 7, 16, 0.5),
+        ("tpu_interpreted", 9, 32, 1.0),
+        ("gpu_interpreted", 9, 32, 1.0),
+    ],
 )
 def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
     kernel, products, block, share, monkeypatch
@@ -103,16 +108,18 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
     # One block of keys holds both halves of the scores, and the backward pass makes them again:
     # seven products instead of six, or nine in two kernels. Each block of rows makes its teachers'
     # logits over the draft vocabulary, K - 1 of them for the next block too.
-    parts["target attention"] *= 2
-    parts["draft attention"] *= 2 * products / 6
+    # A GPU's kernels make heads of 8 16 wide.
+    wide = 2 if kernel == "gpu_interpreted" else 1
+    parts["target attention"] *= 2 * wide
+    parts["draft attention"] *= 2 * wide * products / 6
     parts["teachers"] = 2 * H * D * said["computed_rows"] * (block + share * (K - 1)) / block
     rounding = said["computed_rows"] / said["judged_rows"]
     for name in ("draft layer", "draft attention", "draft LM head", "target LM head"):
         parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row
     assert said["traced_flops"] == pytest.approx(sum(parts.values()), rel=0.02)
     assert tokens == said["positions"] == 8 * 32
-    if kernel == "interpreted":
-        return  # the loops are not those that a TPU runs
+    if kernel != "xla":
+        return  # the loops are not those that the device runs
     # A head that every device of a tensor axis repeats would cost three times as much. XLA makes
     # the target's keys and values twice: 8 layers of 2 x 4 heads of 8.
     twice = 8 * 2 * tokens * H * 2 * 4 * 8

@@ -280,15 +280,17 @@ def test_with_a_share_of_the_rows_the_mean_loss_is_that_of_all():
     assert abs(np.mean(losses) - float(whole["total_loss"])) < 4 * deviation
 
 
-def test_a_tpus_kernels_give_the_same_step(monkeypatch):
+def test_the_kernels_give_the_same_step(monkeypatch):
     steps = []
-    for kernel in ("xla", "interpreted"):
+    for kernel, block in (("xla", 8), ("tpu_interpreted", 8), ("gpu_interpreted", 16)):
         monkeypatch.setattr(train_step, "attention_kernel", lambda *_, kernel=kernel: kernel)
-        built = programs(config("rollout_block_size=8"), devices=2)
+        keys = "rollout_block_size=8", f"attention_block_size={block}"
+        built = programs(config(*keys), devices=2)
         state, batch = built.initialize(random_head(HEAD)), split(rows(), 1)
         seen = built.parts.target(frozen(), batch)
         steps.append((seen, *built.parts.draft(state, batch, seen, frozen())))
-    close(*steps)
+    for other in steps[1:]:
+        close(steps[0], other)
 
 
 def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
@@ -309,17 +311,18 @@ def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
     assert np.linalg.norm(b) == pytest.approx(np.linalg.norm(a), rel=0.05)
 
 
-def test_pallas_anywhere_but_on_a_tpu_is_an_error_that_says_what_to_write():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_pallas_where_no_kernel_is_is_an_error_that_says_what_to_write(platform):
     with pytest.raises(pyconfig.ConfigError, match="platform cpu; write attention_kernel=xla"):
         programs(config("attention_kernel=pallas"))
-    chip = types.SimpleNamespace(platform="tpu")
+    chip = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([chip]))
     for size in ("8", "192", "1024"):
         wrong = config("attention_kernel=pallas", f"attention_block_size={size}")
         with pytest.raises(pyconfig.ConfigError, match=f"128, 256 or 512, and it is {size}"):
             train_step.attention_kernel(wrong, mesh)
     right = config("attention_kernel=pallas", "attention_block_size=256")
-    assert train_step.attention_kernel(right, mesh) == "pallas"
+    assert train_step.attention_kernel(right, mesh) == platform
 
 
 def test_no_intermediate_holds_every_logit_or_every_attention_score():
