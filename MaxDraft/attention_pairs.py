@@ -1,4 +1,4 @@
-"""Pairs of row and key that attention computes, by those that a mask lets see each other.
+"""Pairs of row and key that attention_xla.py computes, by those that a mask lets see each other.
 
 Blocks are computed whole: one that a document begins or ends in costs more than it gives.
 """

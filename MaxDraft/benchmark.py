@@ -278,14 +278,15 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         "positions": real.size,
         "tokens": int(real.sum()),
         "tokens_kind": setting.tokens_kind,
-        **attention_pairs.computed_by_seen(
-            batch["segment_ids"], judged, config, mesh.size, target_shares
-        ),
         "judged_rows": int(judged.sum()),
         "computed_rows": int((-(-of_device // block) * block).sum()),
         "model_flops": parts,
         "traced_flops": traced_flops.count(setting.programs.train, *shapes, platform=platform),
     }
+    if config.attention_kernel == "xla":  # kernels choose blocks of their own
+        setting.said |= attention_pairs.computed_by_seen(
+            batch["segment_ids"], judged, config, mesh.size, target_shares
+        )
     if platform == "cpu":  # XLA's text is read as a CPU's has it
         setting.said["compiled_flops"] = mesh.size * compiled_flops.count(
             setting.compiled.as_text()
@@ -449,10 +450,11 @@ def table(setting: Setting) -> str:
                     else "if rows were one document and all judged"
                 )
             )
-    lines.append(
-        f"  attention        pairs of row and key computed / seen: target "
-        f"{said['target_pairs']:.3f}, rollout {said['rollout_pairs']:.3f}"
-    )
+    if "target_pairs" in said:
+        lines.append(
+            f"  attention        pairs of row and key computed / seen: target "
+            f"{said['target_pairs']:.3f}, rollout {said['rollout_pairs']:.3f}"
+        )
     if "step_seconds" in said:
         low, median, high = said["step_seconds"]
         lines.append(

@@ -102,7 +102,9 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
         "ici_tensor_parallelism=4",
         f"rollout_block_size={block}",
         f"later_step_share={share}",
+        f"attention_kernel={'xla' if kernel == 'xla' else 'pallas'}",
     )
+    assert ("target_pairs" in said) == (kernel == "xla")  # of blocks that only XLA's walk has
     parts = dict(said["model_flops"])
     tokens, H, D, K = said["tokens"], 64, 64, 3
     # One block of keys holds both halves of the scores, and the backward pass makes them again:
