@@ -212,6 +212,26 @@ def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block, ke
             assert log_sum[0, i, n] < -1e20
 
 
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_many_blocks_of_rows_in_any_order_add_to_the_gradients_that_are_there(kernel):
+    rng = np.random.default_rng(4)
+    R, T, N, M, d = 90, 300, 4, 2, 20
+    q, k, v = narrow(rng.normal(size=(2, n, h, d)) for n, h in ((R, N), (T, M), (T, M)))
+    first = jnp.asarray(rng.integers(0, T, (2, R)))
+    last = jnp.minimum(first + rng.integers(-5, 80, (2, R)), T - 1)
+    results = []
+    for name, block in (("xla", 64), (kernel, 128)):
+        keys = Keys.of(k, v, block, kernel=name)
+        there = jax.tree.map(jnp.ones_like, keys.zeros())
+        attend = jax.vjp(lambda q, g, keys=keys: row_attention(q, keys, g, first, last), q, there)
+        (out, log_sum, _), pull_back = attend
+        some = (log_sum > -1e20).astype(jnp.float32)
+        d_q, gradients = pull_back((jnp.cos(out), some * jnp.sin(log_sum), there))
+        results.append((out, some * log_sum, d_q, *gradients.arrays(T)))
+    for mine, theirs in zip(*results, strict=True):
+        assert harness.relative_error(mine, theirs) < TOLERANCE
+
+
 @pytest.mark.parametrize(("group", "d", "dv"), [(1, 128, 128), (4, 64, 64), (16, 192, 128)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
