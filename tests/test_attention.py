@@ -215,12 +215,12 @@ def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block, ke
 @pytest.mark.parametrize("kernel", KERNELS[1:])
 def test_many_blocks_of_rows_in_any_order_add_to_the_gradients_that_are_there(kernel):
     rng = np.random.default_rng(4)
-    R, T, N, M, d = 90, 300, 4, 2, 20
-    q, k, v = narrow(rng.normal(size=(2, n, h, d)) for n, h in ((R, N), (T, M), (T, M)))
+    R, T, d, dv = 200, 700, 20, 40  # several blocks of a GPU's 64 in one of Keys
+    q, k, v = narrow(rng.normal(size=(2, *shape)) for shape in ((R, 4, d), (T, 2, d), (T, 2, dv)))
     first = jnp.asarray(rng.integers(0, T, (2, R)))
-    last = jnp.minimum(first + rng.integers(-5, 80, (2, R)), T - 1)
+    last = jnp.minimum(first + rng.integers(-5, 300, (2, R)), T - 1)
     results = []
-    for name, block in (("xla", 64), (kernel, 128)):
+    for name, block in (("xla", 64), (kernel, 256)):
         keys = Keys.of(k, v, block, kernel=name)
         there = jax.tree.map(jnp.ones_like, keys.zeros())
         attend = jax.vjp(lambda q, g, keys=keys: row_attention(q, keys, g, first, last), q, there)
@@ -230,6 +230,13 @@ def test_many_blocks_of_rows_in_any_order_add_to_the_gradients_that_are_there(ke
         results.append((out, some * log_sum, d_q, *gradients.arrays(T)))
     for mine, theirs in zip(*results, strict=True):
         assert harness.relative_error(mine, theirs) < TOLERANCE
+
+
+def test_blocks_that_a_gpus_do_not_divide_are_an_error():
+    q, k = jnp.zeros((1, 4, 2, 16)), jnp.zeros((1, 200, 2, 16))
+    rows = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="blocks of 100 keys"):
+        row_attention(q, Keys.of(k, k, 100, kernel="gpu_interpreted"), None, rows, rows)
 
 
 @pytest.mark.parametrize(("group", "d", "dv"), [(1, 128, 128), (4, 64, 64), (16, 192, 128)])

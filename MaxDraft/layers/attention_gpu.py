@@ -4,7 +4,9 @@
     backward    the same walk for the gradient to q; then for every block of keys, over the blocks
                 of rows that see some of it, the gradients to k and v, added to what is there
 
-Scores exist in registers alone. The algorithm is FlashAttention's (Dao et al. 2022; 2023 for the
+Blocks are of 64 rows and keys at most, whatever Keys has. Scores exist in registers alone. Widths
+that are no power of two are padded at every call, gradients of the keys too, by copies. Products of
+float32 are float32's, not TF32's. The algorithm is FlashAttention's (Dao et al. 2022; 2023 for the
 loops' order). cuDNN's kernels are not used, since their masks are of whole packed rows: they know
 nothing of any set of rows that sees an interval each, and give gradients of all keys at every call.
 """
@@ -126,9 +128,8 @@ def backward(
 
     def to_keys(low, high, q, d_out, k, v, first, last, log_sum, offset, k_was, v_was, d_k, d_v):
         j, start, stop = pl.program_id(0), low[...], high[...]
-        k, v = k[...], v[...]
 
-        def add_rows(t, carry):
+        def add_rows(k, v, t, carry):
             k_sum, v_sum = carry
             g, here = jax.lax.rem(t, walk.group), pl.ds(jax.lax.div(t, walk.group) * b, b)
             scores = walk.scores(q[g, here, :], k, j, first[here], last[here])
@@ -142,8 +143,9 @@ def backward(
         @pl.when(start < stop)  # keys that nobody sees keep what they have
         def add():
             group, carry = walk.group, (k_was[...], v_was[...])
+            body = functools.partial(add_rows, k[...], v[...])
             with jax.named_scope(f"runs_{walk.usual_rows:g}_times"):
-                sums = jax.lax.fori_loop(start * group, stop * group, add_rows, carry)
+                sums = jax.lax.fori_loop(start * group, stop * group, body, carry)
             d_k[...], d_v[...] = sums
 
     B, M, length = walk.k.shape[:3]
@@ -204,6 +206,8 @@ class _Walk:
         k, v = (pad(x, 3, _power(x.shape[-1])) for x in (keys.k, keys.v))
         most = _TILE_BYTES // (max(k.shape[-1], v.shape[-1]) * k.dtype.itemsize)
         block = min(keys.block, max(_LEAST, min(64, most)))
+        if keys.block % block or block != _power(block):
+            raise ValueError(f"blocks of {keys.block} keys do not divide into powers of two")
         size = min(block, _power(q.shape[1]))
         usual = usual_blocks(dataclasses.replace(keys, block=block), size, scoring)
         return cls(
