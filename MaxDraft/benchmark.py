@@ -44,18 +44,18 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from MaxDraft import attention_pairs, compiled_flops, flops, pyconfig, sharding, traced_flops
+from MaxDraft import pyconfig, sharding
+from MaxDraft.cost import attention_pairs, compiled_flops, flops, traced_flops
 from MaxDraft.drafts import alignment, losses
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.errors import run_main
 from MaxDraft.head_dims import head_dims
-from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.synthetic import conversations, document_lengths, whole_rows
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config, ConfigError
-from MaxDraft.sharding import ShardingError
 from MaxDraft.targets import plan, registry
-from MaxDraft.targets.dims import DecoderDims, TargetError
+from MaxDraft.targets.dims import DecoderDims
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.train_step import Frozen, Programs, TrainState, make_programs
 
@@ -285,7 +285,12 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
     }
     if config.attention_kernel == "xla":  # kernels choose blocks of their own
         setting.said |= attention_pairs.computed_by_seen(
-            batch["segment_ids"], judged, config, mesh.size, target_shares
+            batch["segment_ids"],
+            judged,
+            rollout_block=config.rollout_block_size,
+            attention_block=config.attention_block_size,
+            devices=mesh.size,
+            target_shares=target_shares,
         )
     if platform == "cpu":  # XLA's text is read as a CPU's has it
         setting.said["compiled_flops"] = mesh.size * compiled_flops.count(
@@ -561,7 +566,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv))
-    except (ConfigError, DataError, ShardingError, TargetError) as error:
-        sys.exit(f"\nerror: {error}")
+    run_main(main)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from MaxDraft import pyconfig
+from MaxDraft.errors import UserError
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
 from MaxDraft.train_step import TrainState
@@ -62,7 +63,7 @@ MAY_CHANGE = {
 MAY_CHANGE_PREFIXES = ("ici_", "dcn_", "distributed_", "decode_")
 
 
-class ResumeError(RuntimeError):
+class ResumeError(UserError):
     """The run's folder holds something that this command cannot go on from."""
 
 

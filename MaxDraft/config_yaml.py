@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from MaxDraft.errors import UserError
+
 # No leading zeros: 017 is 15 to YAML and 17 to people.
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -58,7 +60,7 @@ _ELEMENTS = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in the configuration; the message says what is wrong, where, and what to type."""
 
 

@@ -18,16 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from MaxDraft import pyconfig, sharding, wiring
+from MaxDraft import pyconfig, sharding
 from MaxDraft.decoding.generate import TargetModel
 from MaxDraft.decoding.measure import DecodeSettings, measure
 from MaxDraft.decoding.speculative import DraftModel
-from MaxDraft.drafts import eagle3, metrics
+from MaxDraft.drafts import metrics
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.errors import run_main
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
+from MaxDraft.run import training_run as wiring
+from MaxDraft.run.training_run import Run
 from MaxDraft.train_step import Frozen
-from MaxDraft.wiring import Run
 
 FILE = "evaluation.json"
 
@@ -131,4 +134,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    wiring.run_main(main)
+    run_main(main)

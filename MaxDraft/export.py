@@ -16,14 +16,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see
 
 import jax
 
-from MaxDraft import pyconfig, wiring
-from MaxDraft.convert.engine_check import check_export
-from MaxDraft.convert.engines import engine_report
-from MaxDraft.convert.head_export import export_head, head_config
+from MaxDraft import pyconfig
+from MaxDraft.convert.engines.report import engine_report
+from MaxDraft.convert.heads.check import check_export
+from MaxDraft.convert.heads.export import export_head, head_config
 from MaxDraft.drafts.vocabulary import DraftVocabulary
+from MaxDraft.errors import run_main
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
-from MaxDraft.wiring import Run
+from MaxDraft.run import training_run as wiring
+from MaxDraft.run.training_run import Run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,4 +62,4 @@ def export(run: Run, step: int, params: Tree, vocabulary: DraftVocabulary) -> Pa
 
 
 if __name__ == "__main__":
-    wiring.run_main(main)
+    run_main(main)

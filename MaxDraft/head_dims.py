@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.targets.dims import DecoderDims
 from MaxDraft.targets.draft_shape import draft_shape

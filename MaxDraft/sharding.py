@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from MaxDraft.errors import UserError
+
 Rules = Sequence[tuple[str, Sequence[str]]]
 
 _active: contextvars.ContextVar[tuple[Mesh, dict[str, tuple[str, ...]]] | None] = (
@@ -24,7 +26,7 @@ _active: contextvars.ContextVar[tuple[Mesh, dict[str, tuple[str, ...]]] | None] 
 )
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError):
     """A mesh that the devices cannot form, or a dimension that a mesh axis does not divide."""
 
 

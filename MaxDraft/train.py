@@ -21,12 +21,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import jax
 import numpy as np
 
-from MaxDraft import flops, pyconfig, report, wiring
+from MaxDraft import pyconfig
+from MaxDraft.cost import flops
+from MaxDraft.errors import run_main
 from MaxDraft.evaluate import evaluate, held_out_metrics
 from MaxDraft.export import export
 from MaxDraft.metric_logger import MetricLogger, say
+from MaxDraft.report import text as report
+from MaxDraft.run import training_run as wiring
+from MaxDraft.run.training_run import Run, TrainingError
 from MaxDraft.train_step import Frozen, TrainState
-from MaxDraft.wiring import Run, TrainingError
 
 STOPPED = 42
 SIGNAL_PERIOD = 10  # steps
@@ -180,4 +184,4 @@ class StopSignal:
 
 
 if __name__ == "__main__":
-    wiring.run_main(main)
+    run_main(main)

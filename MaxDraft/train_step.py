@@ -23,10 +23,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import sharding
-from MaxDraft.drafts import alignment, eagle3, losses, metrics
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts import alignment, losses, metrics
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.rollout import Tokens
 from MaxDraft.drafts.losses import Teacher
-from MaxDraft.drafts.rollout import Tokens
 from MaxDraft.drafts.training_pass import (
     Blocks,
     Judgement,

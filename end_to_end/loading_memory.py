@@ -66,7 +66,7 @@ def target_table(config: dict, dtype=ml_dtypes.bfloat16):
 
 def sizes(config: dict) -> tuple[int, int]:
     """Bytes of the whole target, and of its largest layer."""
-    from MaxDraft.convert.target_checkpoint import target_memory
+    from MaxDraft.convert.target.checkpoint import target_memory
 
     layers = config["num_hidden_layers"]
     whole = target_memory(target_table(config))
@@ -125,7 +125,8 @@ def load_and_report(folder: Path, processes: int, number: int, address: str, axi
     if processes > 1:
         jax.distributed.initialize(address, processes, number)
     from MaxDraft import pyconfig
-    from MaxDraft.convert import loading, target_checkpoint
+    from MaxDraft.convert import loading
+    from MaxDraft.convert.target import checkpoint as target_checkpoint
     from MaxDraft.layers.params import shardings
 
     config = json.loads((folder / "config.json").read_text())

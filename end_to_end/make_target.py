@@ -6,7 +6,7 @@
     FOLDER/conversations.jsonl     what the tokenizer was trained on
 
 The tensors are the family's own parameter table turned round: every parameter is drawn and written
-where the loader looks first, so no tensor name stands here. DeepSeek-V3 and gpt-oss are quantised,
+where the loader looks first, so no tensor name stands here. DeepSeek-V3 and gpt-oss are quantized,
 as they are published; the rest is bfloat16.
 
 Every layer is random. The embedding is too, and the LM head knows, seen through it, which token
@@ -40,7 +40,7 @@ import safetensors.numpy
 from goldens import recipe
 
 from MaxDraft.convert.loading import per_expert, stored_shape, tensor_name
-from MaxDraft.convert.quantization import BLOCKS, E2M1, MX_BLOCK, SCALES
+from MaxDraft.convert.target.quantization import BLOCKS, E2M1, MX_BLOCK, SCALES
 from MaxDraft.layers.params import Param, flatten
 from MaxDraft.targets import registry
 from MaxDraft.targets.dims import DecoderDims
@@ -280,7 +280,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 def write_weights(config: dict[str, Any], folder: Path, prefix: str = "") -> None:
-    """config.json and model.safetensors, quantised as config says."""
+    """config.json and model.safetensors, quantized as config says."""
     tokenizer.write_json(folder / "config.json", config)
     quantize = QUANTIZERS[config.get("quantization_config", {}).get("quant_method")]
     tensors = {
@@ -310,7 +310,7 @@ def texts() -> tuple[list[corpus.Record], Any, np.ndarray]:
 
 # -------------------------------------------------------------------------------------- weights
 def stored(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays of the unquantised file."""
+    """Names and arrays of the unquantized file."""
     dims = registry.dims_from_config(config)
     table = decoder_params(dims, default_capture(dims.num_layers), jnp.bfloat16)
     drawn = {path: draw(path, param, dims) for path, param in flatten(table)}
@@ -378,7 +378,7 @@ def followers(embed: np.ndarray) -> np.ndarray:
     return HEAD_SCALE * sums / np.maximum(lengths, 1e-9)  # 0 where it follows none
 
 
-# -------------------------------------------------------------------------------- quantisation
+# -------------------------------------------------------------------------------- quantization
 def plain(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """As it is."""
     yield name, array

@@ -3,7 +3,7 @@
 #   bash end_to_end/test_families.sh
 #   FAMILIES="gpt_oss mixtral qwen3_next" BASE_OUTPUT_DIRECTORY=/runs bash end_to_end/test_families.sh
 # DeepSeek-V3's target is FP8 and gpt-oss' is MXFP4, as they are published; where +keep follows the
-# family, they stay so in memory, else they are dequantised. With +bf16 everything is computed and
+# family, they stay so in memory, else they are dequantized. With +bf16 everything is computed and
 # held in bfloat16, as on a TPU; else in float32. Exit status 0: everything held.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

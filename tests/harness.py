@@ -11,9 +11,9 @@ import reference
 
 from MaxDraft.drafts import alignment as alignments
 from MaxDraft.drafts import losses, metrics
-from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.drafts.eagle3.head import HeadDims, head_params
+from MaxDraft.drafts.eagle3.rollout import Tokens
 from MaxDraft.drafts.losses import Teacher
-from MaxDraft.drafts.rollout import Tokens
 from MaxDraft.drafts.training_pass import (
     Blocks,
     Judgement,

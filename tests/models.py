@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.layers import params
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import Attention, DecoderDims, Layer, Mlp

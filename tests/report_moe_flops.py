@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 
-from MaxDraft import traced_flops
+from MaxDraft.cost import traced_flops
 from MaxDraft.layers.experts import Experts, Router, mixture, route
 
 H, I = 2048, 768

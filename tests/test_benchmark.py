@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from MaxDraft import attention_pairs, benchmark, compiled_flops, pyconfig, train_step
+from MaxDraft import benchmark, pyconfig, train_step
+from MaxDraft.cost import attention_pairs, compiled_flops
 from MaxDraft.input_pipeline.synthetic import conversations
 from MaxDraft.pyconfig import ConfigError
 
@@ -142,20 +143,20 @@ def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over()
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 3, 0, 0]])[None]
     judged = np.zeros_like(segments, bool)
     judged[0, 0, 5:7] = judged[0, 1, 2:5] = True
-    config = pyconfig.initialize(
-        ["b", BASE, "attention_block_size=2", "rollout_block_size=4"], reads_files=False
-    )
-    said = attention_pairs.computed_by_seen(segments, judged, config, 1, 2)
+    sizes = {"attention_block": 2, "rollout_block": 4}
+    said = attention_pairs.computed_by_seen(segments, judged, **sizes, devices=1, target_shares=2)
     # Blocks of two rows see, in blocks of two keys: 1 2 1 2, and 1 2 2 1; together 1 2 2 2.
     seen = 10 + 10 + 6 + 3 + 1 + 3
     assert said["target_pairs"] == 4 * 12 / seen
     assert (
-        attention_pairs.computed_by_seen(segments, judged, config, 1, 1)["target_pairs"]
+        attention_pairs.computed_by_seen(segments, judged, **sizes, devices=1, target_shares=1)[
+            "target_pairs"
+        ]
         == 4 * 14 / seen
     )
     # Rows 5 6 and 10 11, then 12 alone: keys 4..6, 8..11, 11..12.
     assert said["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
-    apart = attention_pairs.computed_by_seen(segments, judged, config, 2, 2)
+    apart = attention_pairs.computed_by_seen(segments, judged, **sizes, devices=2, target_shares=2)
     assert apart["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
 
 

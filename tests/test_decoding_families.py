@@ -11,7 +11,7 @@ from harness import relative_error
 
 from MaxDraft.decoding.generate import TargetModel, decode_plain
 from MaxDraft.decoding.speculative import DraftModel, decode_speculative
-from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.drafts.eagle3.head import HeadDims, head_params
 from MaxDraft.layers import params as parameters
 from MaxDraft.targets import decoder
 from MaxDraft.targets.draft_shape import draft_shape

@@ -8,10 +8,10 @@ from goldens import recipe
 from MaxDraft.layers.experts import Experts, Router
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import (
+    MLA,
     Attention,
     DecoderDims,
     DeltaNet,
-    LatentAttention,
     Layer,
     Mlp,
     TargetError,
@@ -36,7 +36,7 @@ def test_a_dense_target_gives_its_own_heads_width_and_rotary_embedding():
 
 
 def test_latent_attention_becomes_heads_of_128_that_fill_the_hidden_size():
-    latent = LatentAttention(128, 1536, 512, 128, 64, 128, ROPE, 1.0)
+    latent = MLA(128, 1536, 512, 128, 64, 128, ROPE, 1.0)
     shape = draft_shape(target(Layer(latent, Mlp(18432)), hidden_size=7168))
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (56, 8, 128)
     shape = draft_shape(target(Layer(latent, Mlp(18432)), hidden_size=128 * 20))

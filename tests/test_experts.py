@@ -431,7 +431,7 @@ def test_rules_may_split_experts_over_the_axis_of_the_batch_alone():
     close(found, on_one_device("silu"))
 
 
-# ---------------------------------------------------------------------------------------- quantised
+# ---------------------------------------------------------------------------------------- quantized
 def fp8(rng, rows, cols, a, b, tiled):
     values = rng.normal(size=(E, rows, cols)).astype(ml_dtypes.float8_e4m3fn)
     scale = np.exp(rng.normal(size=(E, rows // a, cols // b))) * rows**-0.5
@@ -474,7 +474,7 @@ def wide_inputs():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_quantised_experts_are_multiplied_as_dequantised_ones(kind, form):
+def test_quantized_experts_are_multiplied_as_dequantized_ones(kind, form):
     w, x = quantized_weights(kind), wide_inputs()[0]
     chosen, weights = route(x, w, QUANTIZED.router)
     run = jax.jit(lambda *a: FORMS[form](*a, QUANTIZED))
@@ -484,7 +484,7 @@ def test_quantised_experts_are_multiplied_as_dequantised_ones(kind, form):
 @needs_eight
 @pytest.mark.parametrize("layout", [(1, 1, 4, 2), (1, 1, 2, 4), (1, 1, 1, 8)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_experts_are_split_where_blocks_are_not(kind, layout):
+def test_quantized_experts_are_split_where_blocks_are_not(kind, layout):
     w, x = quantized_weights(kind), wide_inputs()
     expected = jax.jit(lambda x, w: mixture(x, w, QUANTIZED))(x, dequantized(w))
     mesh = Mesh(np.array(jax.devices()).reshape(layout), AXES)

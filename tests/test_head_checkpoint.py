@@ -16,13 +16,13 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
-from MaxDraft.convert.engine_check import ExportError, chain_differences, check_export
-from MaxDraft.convert.engine_head import EngineHead
-from MaxDraft.convert.engines import engine_report
-from MaxDraft.convert.head_export import export_head, rope_fields
-from MaxDraft.convert.head_import import load_head
+from MaxDraft.convert.engines.report import engine_report
+from MaxDraft.convert.heads.check import ExportError, chain_differences, check_export
+from MaxDraft.convert.heads.export import export_head, rope_fields
+from MaxDraft.convert.heads.load import load_head
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
-from MaxDraft.drafts.eagle3 import head_params
+from MaxDraft.drafts.eagle3.head import head_params
+from MaxDraft.drafts.eagle3.numpy_twin import EngineHead
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers.params import shardings
 from MaxDraft.layers.rope import Rope

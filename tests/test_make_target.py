@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from MaxDraft.convert.kept import keep_quantized
-from MaxDraft.convert.target_checkpoint import (
+from MaxDraft.convert.target.checkpoint import (
     load_target,
     open_weights,
     read_config,
     unused_tensors,
 )
+from MaxDraft.convert.target.quantized_params import keep_quantized
 from MaxDraft.layers.params import Quantized
 from MaxDraft.targets.plan import default_capture
 from MaxDraft.targets.registry import dims_from_config
@@ -46,7 +46,7 @@ def table_of(folder):
     return decoder_params(dims, default_capture(dims.num_layers), jnp.float32)
 
 
-def unquantised(family, folder):
+def unquantized(family, folder):
     config = make_target.CONFIGS[family]
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     make_target.write_weights(plain, folder)
@@ -63,15 +63,15 @@ def test_every_tensor_of_the_files_is_read_and_finite(folder, family):
 
 
 @pytest.mark.parametrize("family", sorted(QUANTISED))
-def test_quantised_files_can_be_kept_as_they_are(folder, family):
+def test_quantized_files_can_be_kept_as_they_are(folder, family):
     kept = keep_quantized(table_of(folder(family)), open_weights(folder(family)))
     nodes = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, Quantized))
     assert any(isinstance(node, Quantized) for node in nodes)
 
 
 @pytest.mark.parametrize("family", sorted(QUANTISED))
-def test_quantised_files_name_the_matrices_of_unquantised_ones(folder, family, tmp_path):
-    with safe_open(unquantised(family, tmp_path) / "model.safetensors", "numpy") as file:
+def test_quantized_files_name_the_matrices_of_unquantized_ones(folder, family, tmp_path):
+    with safe_open(unquantized(family, tmp_path) / "model.safetensors", "numpy") as file:
         expected = set(file.keys())
     with safe_open(folder(family) / "model.safetensors", "numpy") as file:
         names = set(file.keys())
@@ -79,13 +79,13 @@ def test_quantised_files_name_the_matrices_of_unquantised_ones(folder, family, t
     assert {re.sub("(_scale_inv|_blocks|_scales)$", "", name) for name in names} == expected
 
 
-# Quantised numbers are compared in test_quantization.py; here the names are.
+# Quantized numbers are compared in test_quantization.py; here the names are.
 @pytest.mark.parametrize("family", make_target.CONFIGS)
 def test_transformers_finds_every_tensor_it_wants_and_no_other(folder, family, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = unquantised(family, tmp_path) if family in QUANTISED else folder(family)
+    path = unquantized(family, tmp_path) if family in QUANTISED else folder(family)
     model, found = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True
     )

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from MaxDraft import pyconfig
 from MaxDraft.benchmark import target_dims
-from MaxDraft.drafts.eagle3 import head_params
+from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.head_dims import head_dims
 from MaxDraft.layers import params
 from MaxDraft.sharding import fill_parallelism
@@ -86,7 +86,7 @@ def stated(pattern, text):
 
 
 def kept_bytes(table, kind):
-    """Bytes of a target in memory as its quantised files have it; the rest in its own dtype."""
+    """Bytes of a target in memory as its quantized files have it; the rest in its own dtype."""
     total = 0.0
     for path, param in params.flatten(table):
         count, leaf = math.prod(param.full_shape), path.split("/")[-1]
@@ -121,7 +121,7 @@ def test_the_memory_of_the_target_follows_from_its_fields(opening, target):
     assert stated(pattern, opening) == (f"{count / 1e9:.3f}", f"{2 * count / 1e9:.1f}")
 
 
-def test_the_memory_of_a_target_that_stays_quantised_follows_from_its_fields(
+def test_the_memory_of_a_target_that_stays_quantized_follows_from_its_fields(
     config, opening, target
 ):
     assert ("kept as in its files" in opening) == (config.target_quantization == "keep")

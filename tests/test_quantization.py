@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what their numbers mean, on loading and kept in memory.
+"""Quantized checkpoints: what their numbers mean, on loading and kept in memory.
 
 Expected numbers come from a plain loop over blocks in NumPy, and from transformers.
 """
@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from MaxDraft.convert.kept import dequantized, keep_quantized
 from MaxDraft.convert.loading import load_parameters
-from MaxDraft.convert.quantization import check_quantization, pair
 from MaxDraft.convert.safetensors_files import INDEX, SINGLE, CheckpointError, open_safetensors
-from MaxDraft.convert.target_checkpoint import load_target, target_memory, unused_tensors
+from MaxDraft.convert.target.checkpoint import load_target, target_memory, unused_tensors
+from MaxDraft.convert.target.quantization import check_quantization, pair
+from MaxDraft.convert.target.quantized_params import dequantized, keep_quantized
 from MaxDraft.layers import quantized
 from MaxDraft.layers.mlp import linear
 from MaxDraft.layers.params import Param, Part, Quantized, abstract, count, flatten, shardings
@@ -318,7 +318,7 @@ def test_mxfp4_scales_must_be_there_and_fit(tmp_path):
 
 
 # --------------------------------------------------------------------------------- kept in memory
-def test_small_things_are_not_kept_quantised(tmp_path):
+def test_small_things_are_not_kept_quantized(tmp_path):
     whole = {"w": fp8_values(256, 128), "w_scale": scales(256, 1)}
     tensors = opened(tmp_path, whole)
     for axes in [("target_vocab", "target_embed"), ("target_embed", "target_vocab"), (None, None)]:
@@ -332,7 +332,7 @@ def test_small_things_are_not_kept_quantised(tmp_path):
     assert [name for name, _ in flatten(kept)] == ["a/values", "a/scale"]
 
 
-def test_layers_that_are_quantised_differently_are_dequantised(tmp_path):
+def test_layers_that_are_quantized_differently_are_dequantized(tmp_path):
     tensors = {"0": fp8_values(128, 128), "0_scale": scales(128, 1), "1": scales(128, 128)}
     param = Param((128, 128), MATRIX, "{layer}", np.float32, transposed=True, layers=(0, 1))
     paired = opened(tmp_path, tensors)
@@ -448,7 +448,7 @@ def test_a_split_matrix_multiplies_alike(monkeypatch, kind, tiled):
 
 @pytest.mark.parametrize("kind", ["block", "output", "mxfp4"])
 @pytest.mark.parametrize("tiled", ["in", "out"])
-def test_the_dequantised_matrix_never_exists_as_a_whole(monkeypatch, kind, tiled):
+def test_the_dequantized_matrix_never_exists_as_a_whole(monkeypatch, kind, tiled):
     monkeypatch.setattr(quantized, "_TILE", 1 << 18)
     q = some(kind, tiled, 2048, 2048)
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -478,7 +478,7 @@ def compressed(layout="float-quantized", strategy="channel", **weights):
         (compressed(strategy="block", block_structure=[64, 128]), (64, 128)),
     ],
 )
-def test_known_quantisations_are_accepted(said, block):
+def test_known_quantizations_are_accepted(said, block):
     assert check_quantization({"quantization_config": said}).block == block
     assert check_quantization({"text_config": {"quantization_config": said}}).block == block
 
@@ -523,6 +523,6 @@ def test_that_activations_stay_as_they_are_is_said():
         ["fp8"],
     ],
 )
-def test_other_quantisations_are_refused(said):
+def test_other_quantizations_are_refused(said):
     with pytest.raises(CheckpointError, match="cannot be read"):
         check_quantization({"quantization_config": said})

@@ -15,9 +15,9 @@ from models import CAPTURE, random_head, random_target, tiny_dims, tiny_head_dim
 
 from MaxDraft.decoding.generate import TargetModel, decode_plain
 from MaxDraft.decoding.speculative import DraftModel, accept_sampled, decode_speculative
-from MaxDraft.drafts import eagle3
 from MaxDraft.drafts.alignment import aligned_rows
-from MaxDraft.drafts.rollout import rollout_everywhere
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
 from MaxDraft.targets import decoder
 
 TARGET = tiny_dims()

@@ -12,7 +12,7 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from MaxDraft import pyconfig, sharding
-from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.drafts.eagle3.head import HeadDims, head_params
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Param
 from MaxDraft.layers.rope import Rope

@@ -26,7 +26,7 @@ from MaxDraft.convert.safetensors_files import (
     CheckpointError,
     open_safetensors,
 )
-from MaxDraft.convert.target_checkpoint import (
+from MaxDraft.convert.target.checkpoint import (
     check_target_config,
     load_target,
     read_config,
@@ -404,7 +404,7 @@ def test_integers_are_no_weights(tmp_path):
     name = "model.layers.2.mlp.down_proj.weight"
     tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, tmp_path / SINGLE)
-    with pytest.raises(CheckpointError, match=rf"{name}: dtype I8.*not quantised"):
+    with pytest.raises(CheckpointError, match=rf"{name}: dtype I8.*not quantized"):
         load_target(tmp_path, table())
 
 
@@ -450,7 +450,7 @@ def test_tensors_that_nothing_reads_are_listed_in_groups(tmp_path):
     }
     save_file({**random_tensors(), **extra}, tmp_path / SINGLE)
     assert unused_tensors(tmp_path, table()) == [
-        "*.input_scale (of activations, which are not quantised here): 2 tensors",
+        "*.input_scale (of activations, which are not quantized here): 2 tensors",
         "model.layers.*.self_attn.q_proj.bias: 2 tensors",
         "model.layers.6.* (layer beyond the target's 6, multi-token prediction): 2 tensors",
         "model.vision_tower.*: 1 tensor",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from goldens import recipe, switches
 
-from MaxDraft.convert.target_checkpoint import load_target, read_config, unused_tensors
+from MaxDraft.convert.target.checkpoint import load_target, read_config, unused_tensors
 from MaxDraft.layers import params
 from MaxDraft.layers import rope as rotary
 from MaxDraft.targets import decoder, hf_config

@@ -12,15 +12,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from models import ROPE
 
-from MaxDraft import flops
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.cost import flops
+from MaxDraft.cost.traced_flops import count
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.layers import params as parameters
 from MaxDraft.targets import decoder
 from MaxDraft.targets.dims import Attention
 from MaxDraft.targets.plan import check_capture
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
-from MaxDraft.traced_flops import count
 
 X, W = jnp.ones((4, 6)), jnp.ones((6, 10))
 PRODUCT = 2 * 4 * 6 * 10  # of X @ W

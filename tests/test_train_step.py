@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from models import CAPTURE, llama, random_head, random_target, tiny_dims, tiny_head_dims
 
-from MaxDraft import flops, pyconfig, sharding, train_step
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft import pyconfig, sharding, train_step
+from MaxDraft.cost import flops
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.layers.rope import Rope
 from MaxDraft.optimizer import learning_rate_schedule
 from MaxDraft.train_step import Frozen, make_programs

@@ -3,7 +3,7 @@
     parameter[layer, in, out] = tensor_of_that_layer[out, in]      (Stored.transposed)
 
 Every device asks for its own index range, the range is turned round where the file holds [out, in],
-and only that is read; quantised numbers are dequantised on the way. A part goes to its device one
+and only that is read; quantized numbers are dequantized on the way. A part goes to its device one
 layer at a time, into a buffer that stands there already: the host holds one layer's part of one
 parameter, and nothing else twice.
 
@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from MaxDraft.convert.quantization import (
+from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, will_need
+from MaxDraft.convert.target.quantization import (
     Fp8Tensor,
     Index,
     Mxfp4Tensor,
@@ -38,12 +39,11 @@ from MaxDraft.convert.quantization import (
     WeightTensor,
     oriented,
 )
-from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, will_need
 from MaxDraft.layers.params import Param, Stored, Tree, flatten
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _SHOWN = 20  # differences listed in one error
-# A transposed or dequantised copy walks the file's rows in strips, so that both sides, and what is
+# A transposed or dequantized copy walks the file's rows in strips, so that both sides, and what is
 # computed between them, stay in the CPU's cache.
 _STRIP = 32
 # Bytes that go to a device at once; or a layer's matrix, or an expert's, where that is more.
@@ -124,7 +124,7 @@ def _problem(
         return None
     return (
         f"{tensor.name}: dtype {tensor.dtype} is not {', '.join(WEIGHT_DTYPES)}; take a "
-        f"checkpoint that is not quantised"
+        f"checkpoint that is not quantized"
     )
 
 
@@ -168,7 +168,7 @@ class Source:
     tensor: WeightTensor
     way: Stored
     shape: tuple[int, ...]
-    raw: bool  # quantised numbers stay as they are, as bytes
+    raw: bool  # quantized numbers stay as they are, as bytes
 
     def copy_to(self, out: np.ndarray, ranges: Ranges) -> None:
         """out[...] = parameter[ranges], converted to out's dtype."""

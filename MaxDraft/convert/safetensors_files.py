@@ -18,6 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from MaxDraft.errors import UserError
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -37,7 +39,7 @@ _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or not what it should be."""
 
 

@@ -17,7 +17,7 @@ from MaxDraft.layers.attention import cached_attention
 from MaxDraft.layers.delta_net import causal_conv, gated_delta_step
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets import decoder
-from MaxDraft.targets.dims import Attention, DecoderDims, DeltaNet, LatentAttention
+from MaxDraft.targets.dims import MLA, Attention, DecoderDims, DeltaNet
 from MaxDraft.targets.mixers import split_heads
 from MaxDraft.targets.plan import runs
 
@@ -33,7 +33,7 @@ class TargetModel:
     def empty_cache(self, batch: int, slots: int) -> Any:
         """Zeros: per run and place of its unit what the layer keeps, stacked over the repeats."""
 
-        def of_layer(mixer: Attention | LatentAttention | DeltaNet, repeats: int) -> Any:
+        def of_layer(mixer: Attention | MLA | DeltaNet, repeats: int) -> Any:
             shapes = _cache_shapes(mixer, self.dtype, batch, slots)
             return {
                 name: jnp.zeros((repeats, *shape), dtype) for name, (shape, dtype) in shapes.items()
@@ -58,15 +58,15 @@ class TargetModel:
 
 
 def _cache_shapes(
-    mixer: Attention | LatentAttention | DeltaNet, dtype: Any, B: int, C: int
+    mixer: Attention | MLA | DeltaNet, dtype: Any, B: int, C: int
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
     match mixer:
         case Attention():
             shape = (B, C, mixer.num_kv_heads, mixer.head_dim)
             return {"keys": (shape, dtype), "values": (shape, dtype)}
-        case LatentAttention():
+        case MLA():
             heads = (B, C, mixer.num_heads)
-            size = mixer.nope_dim + mixer.rope_dim
+            size = mixer.qk_nope_head_dim + mixer.qk_rope_head_dim
             return {"keys": ((*heads, size), dtype), "values": ((*heads, mixer.v_dim), dtype)}
         case DeltaNet():
             channels = 2 * mixer.num_k_heads * mixer.k_dim + mixer.num_v_heads * mixer.v_dim

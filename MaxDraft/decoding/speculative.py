@@ -30,8 +30,8 @@ from MaxDraft.decoding.generate import (
     probabilities,
     write,
 )
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.layers.attention import cached_attention
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets import decoder

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.drafts.rollout import shift_left
+from MaxDraft.drafts.eagle3.rollout import shift_left
 
 
 def aligned_rows(

@@ -24,7 +24,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.drafts.rollout import shift_left
+from MaxDraft.drafts.eagle3.rollout import shift_left
 
 LOSSES = ("kl", "lk_hybrid", "lk_alpha")
 _ETA = 3.0  # of lk_hybrid, the paper's

@@ -19,10 +19,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.rollout import Tokens, first_step, rollout
 from MaxDraft.drafts.losses import Judge, RowResults, Teacher, judged
-from MaxDraft.drafts.rollout import Tokens, first_step, rollout
 from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.layers.params import Tree

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from MaxDraft.errors import UserError
 
-class VocabularyError(ValueError):
+
+class VocabularyError(UserError):
     """Something that is no draft vocabulary, or from which none can be made."""
 
 

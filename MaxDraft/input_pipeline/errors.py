@@ -1,7 +1,9 @@
 """What is wrong with the data, told so that the reader knows what to do next."""
 
+from MaxDraft.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """The data, the tokenizer or its chat template cannot be used as they are."""
 
 

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from MaxDraft.layers import attention_gpu, attention_tpu, attention_xla
+from MaxDraft.layers import attention_xla
 from MaxDraft.layers.attention_keys import MASKED, PLAIN, Keys, Scoring
+from MaxDraft.layers.experimental import attention_gpu, attention_tpu
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.sharding import active_rules, partition_spec, ways
 

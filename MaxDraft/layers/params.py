@@ -88,7 +88,7 @@ class Param:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix kept in memory as its checkpoint holds it, dequantised in the product (linear).
+    """A matrix kept in memory as its checkpoint holds it, dequantized in the product (linear).
 
     In a table its leaves are Params, in a tree of parameters arrays.
     FP8     values uint8 [..., in, out], the bits of float8_e4m3fn (of a float8 array XLA on a CPU

@@ -1,4 +1,4 @@
-"""Arithmetic on weights that stay quantised in memory: y = x @ dequantized(q), tile by tile.
+"""Arithmetic on weights that stay quantized in memory: y = x @ dequantized(q), tile by tile.
 
     FP8     w[i, o] = values[i, o] * scale[i // a, o // b]
     MXFP4   w[i, o] = e2m1(nibble i of values[:, o]) * 2 ^ (scale[i // 32, o] - 127)
@@ -6,7 +6,7 @@
 Values are bytes, also those of FP8: bytes are sliced where they lie, while a compiler without 8-bit
 floats first turns a whole array of them into something wider.
 
-A scan takes one tile of q at a time, dequantises it and multiplies, so that the dequantised matrix
+A scan takes one tile of q at a time, dequantizes it and multiplies, so that the dequantized matrix
 never exists as a whole. Tiles lie along q.tiled:
     "in"    y = sum over tiles of x[:, tile] @ w[tile, :], summed in float32
     "out"   y[:, tile] = x @ w[:, tile]
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from MaxDraft.layers.params import Quantized
 
-_TILE = 1 << 22  # numbers of a dequantised tile, where the matrix can be cut so finely
+_TILE = 1 << 22  # numbers of a dequantized tile, where the matrix can be cut so finely
 _NARROWEST = 128  # inputs or outputs of a tile: below that matrix units idle
 
 

@@ -25,14 +25,14 @@ from MaxDraft.layers.norms import rms_norm, soft_cap
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import cos_sin
 from MaxDraft.sharding import constrain, ways
-from MaxDraft.targets.dims import Attention, DecoderDims, DeltaNet, LatentAttention, Layer
+from MaxDraft.targets.dims import MLA, Attention, DecoderDims, DeltaNet, Layer
 from MaxDraft.targets.mixers import (
     Context,
     PackedContext,
     Rotary,
     attention,
     delta_net,
-    latent_attention,
+    mla,
 )
 from MaxDraft.targets.plan import runs
 
@@ -55,8 +55,8 @@ def decoder_layer(
     match layer.mixer:
         case Attention() as a:
             y, cache = attention(h, w, a, dims.norm_eps, dims.norm_offset, rotary, context, cache)
-        case LatentAttention() as a:
-            y, cache = latent_attention(h, w, a, rotary, context, cache)
+        case MLA() as a:
+            y, cache = mla(h, w, a, rotary, context, cache)
         case DeltaNet() as a:
             y, cache = delta_net(h, w, a, dims.norm_eps, context, cache)
     x = x + (norm(y, "attention_post_norm") if layer.post_norms else y)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from MaxDraft.errors import UserError
 from MaxDraft.layers.experts import Experts, Router  # noqa: F401, families import all from here
 from MaxDraft.layers.params import Stored
 from MaxDraft.layers.rope import Rope
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """A target that this decoder cannot run: unknown family, missing field, impossible layers."""
 
 
@@ -40,14 +41,14 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentAttention:
+class MLA:
     """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values from one vector."""
 
     num_heads: int
-    q_rank: int  # of the compressed queries; 0: one plain projection
-    kv_rank: int
-    nope_dim: int  # of a query/key head, the part without rotary embedding
-    rope_dim: int  # the rotated part, its key shared by all heads
+    q_lora_rank: int  # of the compressed queries; 0: one plain projection
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # of a query/key head, the part without rotary embedding
+    qk_rope_head_dim: int  # the rotated part, its key shared by all heads
     v_dim: int
     rope: Rope
     scale: float
@@ -80,7 +81,7 @@ class Mlp:
 class Layer:
     """One layer: x += mixer(norm(x)); x += feed_forward(norm(x))."""
 
-    mixer: Attention | LatentAttention | DeltaNet
+    mixer: Attention | MLA | DeltaNet
     feed_forward: Mlp | Experts
     post_norms: bool = False  # what is added to x is normed first (sandwich norms)
 

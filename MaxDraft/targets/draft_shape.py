@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from MaxDraft.layers.rope import Rope
-from MaxDraft.targets.dims import Attention, DecoderDims, Experts, LatentAttention, Mlp, TargetError
+from MaxDraft.targets.dims import MLA, Attention, DecoderDims, Experts, Mlp, TargetError
 
 MIN_KV_HEADS = 2  # an engine (sglang-jax) crashes on one
 LATENT_HEAD_DIM = 128
@@ -37,7 +37,7 @@ def draft_shape(target: DecoderDims) -> DraftShape:
     """
     mixers = [layer.mixer for layer in target.layers]
     softmax = [m for m in mixers if isinstance(m, Attention)]
-    if not any(isinstance(m, Attention | LatentAttention) for m in mixers):
+    if not any(isinstance(m, Attention | MLA) for m in mixers):
         raise TargetError("no layer of the target has attention with heads for a draft head")
     if softmax:
         heads, kv_heads = softmax[0].num_heads, softmax[0].num_kv_heads
@@ -48,7 +48,7 @@ def draft_shape(target: DecoderDims) -> DraftShape:
             raise TargetError("no layer of the target has a rotary embedding for a draft head")
         rope = ropes[0]
     else:
-        latent = next(m for m in mixers if isinstance(m, LatentAttention))
+        latent = next(m for m in mixers if isinstance(m, MLA))
         head_dim = min(LATENT_HEAD_DIM, target.hidden_size // 4)
         heads, rope = target.hidden_size // head_dim, latent.rope
         kv_heads = max(n for n in range(1, LATENT_KV_HEADS + 1) if heads % n == 0)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from MaxDraft.targets.dims import (
+    MLA,
     Attention,
     DecoderDims,
     Experts,
-    LatentAttention,
     Layer,
     Mlp,
     TargetError,
@@ -107,18 +107,21 @@ def attention(config: Mapping[str, Any], **switches: Any) -> Attention:
     )
 
 
-def latent_attention(config: Mapping[str, Any]) -> LatentAttention:
+def mla(config: Mapping[str, Any]) -> MLA:
     """DeepSeek's attention."""
-    nope_dim, rope_dim = field(config, "qk_nope_head_dim"), field(config, "qk_rope_head_dim")
-    return LatentAttention(
+    qk_nope_head_dim, qk_rope_head_dim = (
+        field(config, "qk_nope_head_dim"),
+        field(config, "qk_rope_head_dim"),
+    )
+    return MLA(
         num_heads=field(config, "num_attention_heads"),
-        q_rank=field(config, "q_lora_rank", 0),
-        kv_rank=field(config, "kv_lora_rank"),
-        nope_dim=nope_dim,
-        rope_dim=rope_dim,
+        q_lora_rank=field(config, "q_lora_rank", 0),
+        kv_lora_rank=field(config, "kv_lora_rank"),
+        qk_nope_head_dim=qk_nope_head_dim,
+        qk_rope_head_dim=qk_rope_head_dim,
         v_dim=field(config, "v_head_dim"),
-        rope=rope(config, size=rope_dim, interleaved=flag(config, "rope_interleave", True)),
-        scale=(nope_dim + rope_dim) ** -0.5 * latent_sharpening(config) ** 2,
+        rope=rope(config, size=qk_rope_head_dim, interleaved=flag(config, "rope_interleave", True)),
+        scale=(qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * latent_sharpening(config) ** 2,
         bias=flag(config, "attention_bias", False),
     )
 

@@ -23,7 +23,7 @@ from MaxDraft.layers.norms import rms_norm
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import Rope, rotate
 from MaxDraft.sharding import constrain
-from MaxDraft.targets.dims import Attention, DeltaNet, LatentAttention
+from MaxDraft.targets.dims import MLA, Attention, DeltaNet
 
 Rotary = dict[Rope, tuple[jax.Array, jax.Array]]  # cos and sin [B, T, d/2] of every embedding
 
@@ -104,8 +104,8 @@ def attention(
     return linear(out.reshape(*h.shape[:2], -1), w["o"], w.get("o_bias")), cache
 
 
-def latent_attention(
-    h: jax.Array, w: Tree, a: LatentAttention, rotary: Rotary, context: Context, cache: Any
+def mla(
+    h: jax.Array, w: Tree, a: MLA, rotary: Rotary, context: Context, cache: Any
 ) -> tuple[jax.Array, Any]:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
@@ -120,20 +120,20 @@ def latent_attention(
         x = x.reshape(*h.shape[:2], a.num_heads, -1)
         return constrain(x, "target_batch", None, "target_heads", None)
 
-    if a.q_rank:
+    if a.q_lora_rank:
         compressed = rms_norm(linear(h, w["q_a"], w.get("q_a_bias")), w["q_a_norm"], a.norm_eps)
         q = heads(linear(compressed, w["q_b"]))
     else:
         q = heads(linear(h, w["q"]))
-    q = jnp.concatenate([q[..., : a.nope_dim], turned(q[..., a.nope_dim :])], -1)
+    q = jnp.concatenate([q[..., : a.qk_nope_head_dim], turned(q[..., a.qk_nope_head_dim :])], -1)
 
     compressed = linear(h, w["kv_a"], w.get("kv_a_bias"))
-    k_rope = turned(compressed[..., None, a.kv_rank :])
+    k_rope = turned(compressed[..., None, a.kv_lora_rank :])
     kv = heads(
-        linear(rms_norm(compressed[..., : a.kv_rank], w["kv_a_norm"], a.norm_eps), w["kv_b"])
+        linear(rms_norm(compressed[..., : a.kv_lora_rank], w["kv_a_norm"], a.norm_eps), w["kv_b"])
     )
-    k_nope, v = kv[..., : a.nope_dim], kv[..., a.nope_dim :]
-    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], a.rope_dim))
+    k_nope, v = kv[..., : a.qk_nope_head_dim], kv[..., a.qk_nope_head_dim :]
+    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], a.qk_rope_head_dim))
     k = jnp.concatenate([k_nope, k_rope], -1)
 
     out, cache = context.attend(q, k, v, Scoring(a.scale), None, cache)

@@ -32,7 +32,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of config.json, with what its family's files leave out.
 
     Multimodal checkpoints nest it in `text_config`; what only the outer part says, as the
-    quantisation or the end-of-text tokens, holds for it too.
+    quantization or the end-of-text tokens, holds for it too.
     """
     inner = mapping(config, "text_config")
     if inner:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from MaxDraft.layers.params import Param, Stored, Tree
 from MaxDraft.targets.dims import (
+    MLA,
     Attention,
     DecoderDims,
     DeltaNet,
     Experts,
-    LatentAttention,
     Layer,
     Mlp,
 )
@@ -150,7 +150,7 @@ class _Layer:
         match layer.mixer:
             case Attention():
                 table |= self.attention(layer.mixer)
-            case LatentAttention():
+            case MLA():
                 table |= self.latent(layer.mixer)
             case DeltaNet():
                 table |= self.delta(layer.mixer)
@@ -189,27 +189,29 @@ class _Layer:
             table["sinks"] = self.vector("sinks", a.num_heads, init="zeros")
         return table
 
-    def latent(self, a: LatentAttention) -> Tree:
+    def latent(self, a: MLA) -> Tree:
         H, N = self.dims.hidden_size, a.num_heads
-        q_size = N * (a.nope_dim + a.rope_dim)
-        if a.q_rank:
+        q_size = N * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        if a.q_lora_rank:
             table = {
-                "q_a": self.matrix("q_a", H, a.q_rank, (EMBED, None)),
-                "q_a_norm": self.vector("q_a_norm", a.q_rank),
-                "q_b": self.matrix("q_b", a.q_rank, q_size, (None, HEADS)),
+                "q_a": self.matrix("q_a", H, a.q_lora_rank, (EMBED, None)),
+                "q_a_norm": self.vector("q_a_norm", a.q_lora_rank),
+                "q_b": self.matrix("q_b", a.q_lora_rank, q_size, (None, HEADS)),
             }
         else:
             table = {"q": self.matrix("q", H, q_size, (EMBED, HEADS))}
         table |= {
-            "kv_a": self.matrix("kv_a", H, a.kv_rank + a.rope_dim, (EMBED, None)),
-            "kv_a_norm": self.vector("kv_a_norm", a.kv_rank),
-            "kv_b": self.matrix("kv_b", a.kv_rank, N * (a.nope_dim + a.v_dim), (None, HEADS)),
+            "kv_a": self.matrix("kv_a", H, a.kv_lora_rank + a.qk_rope_head_dim, (EMBED, None)),
+            "kv_a_norm": self.vector("kv_a_norm", a.kv_lora_rank),
+            "kv_b": self.matrix(
+                "kv_b", a.kv_lora_rank, N * (a.qk_nope_head_dim + a.v_dim), (None, HEADS)
+            ),
             "o": self.matrix("o", N * a.v_dim, H, (HEADS, EMBED)),
         }
         if a.bias:
-            if a.q_rank:
-                table["q_a_bias"] = self.bias("q_a", a.q_rank)
-            table["kv_a_bias"] = self.bias("kv_a", a.kv_rank + a.rope_dim)
+            if a.q_lora_rank:
+                table["q_a_bias"] = self.bias("q_a", a.q_lora_rank)
+            table["kv_a_bias"] = self.bias("kv_a", a.kv_lora_rank + a.qk_rope_head_dim)
             table["o_bias"] = self.bias("o", H)
         return table
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from MaxDraft.errors import UserError
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets import registry
@@ -39,7 +40,7 @@ UNFINISHED = ".making-"  # prefix of the folders that are being written
 ABANDONED_AFTER = 3600  # seconds; nothing is written for so long
 
 
-class TinyTargetError(RuntimeError):
+class TinyTargetError(UserError):
     """The tiny target cannot be made or kept here."""
 
 

@@ -26,6 +26,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from MaxDraft.errors import UserError
+
 Message = dict[str, str]  # role, content
 Record = dict[str, list[Message]]  # messages
 Asked = tuple[tuple[str, ...], str]  # ways to ask for one thing, and its answer
@@ -51,7 +53,7 @@ SYSTEM_MESSAGES = (
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 
-class CorpusError(RuntimeError):
+class CorpusError(UserError):
     """The standard library's documented source cannot be read here."""
 
 

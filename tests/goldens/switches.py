@@ -6,7 +6,7 @@ that are on; test_targets.py drops them to see that a golden file notices.
 
 import dataclasses
 
-from MaxDraft.targets.dims import Attention, LatentAttention
+from MaxDraft.targets.dims import MLA, Attention
 
 _replace = dataclasses.replace
 
@@ -61,8 +61,8 @@ def _router(**fields):
 
 
 def _plain_scale(mixer):
-    if isinstance(mixer, LatentAttention):
-        return _replace(mixer, scale=(mixer.nope_dim + mixer.rope_dim) ** -0.5)
+    if isinstance(mixer, MLA):
+        return _replace(mixer, scale=(mixer.qk_nope_head_dim + mixer.qk_rope_head_dim) ** -0.5)
     return _set(mixer, scale=None)
 
 

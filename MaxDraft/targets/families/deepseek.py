@@ -25,7 +25,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     else:
         router = sigmoid_router(config)
     mixer, dense = (
-        hf_config.latent_attention(config),
+        hf_config.mla(config),
         field(config, "first_k_dense_replace", least=0),
     )
     moe, mlp = experts(config, router), hf_config.mlp(config)

@@ -23,5 +23,5 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         "dense": hf_config.mlp(config),
         "sparse": deepseek.experts(config, deepseek.sigmoid_router(config)),
     }
-    mixer = hf_config.latent_attention(config)
+    mixer = hf_config.mla(config)
     return hf_config.decoder(config, [Layer(mixer, feed_forward[kind]) for kind in kinds])

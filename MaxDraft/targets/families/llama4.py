@@ -93,7 +93,7 @@ def _mixer(config: Mapping[str, Any], turned: bool) -> Attention:
 def _names(size: int) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
     part, experts = "feed_forward.", "feed_forward.experts."
     fused = experts + "gate_up_proj"
-    one = experts + "{expert}."  # as some quantised files have them
+    one = experts + "{expert}."  # as some quantized files have them
     return (
         *(
             (f"{path}/{name}", (Stored(f"{part}{prefix}{name}_proj.weight", True),))

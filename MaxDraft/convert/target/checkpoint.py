@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from MaxDraft.convert.loading import find_way, listed, load_parameters, tensor_names
-from MaxDraft.convert.quantization import (
-    Mxfp4Tensor,
-    WeightTensor,
-    check_quantization,
-    pair,
-    part_names,
-)
 from MaxDraft.convert.safetensors_files import (
     CheckpointError,
     StoredTensor,
     open_safetensors,
     read_json,
+)
+from MaxDraft.convert.target.quantization import (
+    Mxfp4Tensor,
+    WeightTensor,
+    check_quantization,
+    pair,
+    part_names,
 )
 from MaxDraft.layers.params import Tree, flatten
 
@@ -201,7 +201,7 @@ def target_fingerprint(folder: Path) -> str:
 def open_weights(folder: Path) -> dict[str, WeightTensor]:
     """The target's tensors under the names of a plain language model; headers only are read.
 
-    A multimodal checkpoint's language model is taken out of it, and a quantised tensor stands for
+    A multimodal checkpoint's language model is taken out of it, and a quantized tensor stands for
     what it means (quantization.py).
     """
     return _weights(Path(folder), open_safetensors(folder))
@@ -309,7 +309,7 @@ def _group(name: str, depth: int) -> str:
         )
     scale = re.search(r"[._](input_scale(_ub)?|activation_scale|[qkv]_scale)$", name)
     if scale:
-        return f"*.{scale[1]} (of activations, which are not quantised here)"
+        return f"*.{scale[1]} (of activations, which are not quantized here)"
     if name.startswith(("model.layers.", "model.norm.", "model." + _EMBEDDING)):
         return re.sub(r"\.\d+(?=\.)", ".*", name)
     first, *rest = name.split(".")
@@ -321,7 +321,7 @@ def _group(name: str, depth: int) -> str:
 def target_memory(table: Tree) -> int:
     """Bytes of the target in memory, over all devices that do not hold copies.
 
-    Of decoder_params(...): dequantised on load; of keep_quantized(...): kept.
+    Of decoder_params(...): dequantized on load; of keep_quantized(...): kept.
     """
     return sum(
         math.prod(param.full_shape) * np.dtype(param.dtype).itemsize for _, param in flatten(table)

@@ -2,7 +2,6 @@
 
 open_run    Config -> target, data, mesh, head, jitted programs, checkpoints
 load_frozen target weights and draft vocabulary onto the devices
-run_main    an entry script's main, its mistakes told in plain words
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import fcntl
 import functools
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +23,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import pyconfig, sharding
 from MaxDraft.checkpointing import Checkpoints, ResumeError, may_change
-from MaxDraft.convert import head_import, target_checkpoint
-from MaxDraft.convert.safetensors_files import CheckpointError, read_json
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
-from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
-from MaxDraft.input_pipeline.errors import DataError
+from MaxDraft.convert.heads import load as head_import
+from MaxDraft.convert.safetensors_files import read_json
+from MaxDraft.convert.target import checkpoint as target_checkpoint
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.vocabulary import DraftVocabulary
+from MaxDraft.errors import UserError
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
-from MaxDraft.pyconfig import Config, ConfigError
-from MaxDraft.run_data import RunData, open_data
-from MaxDraft.run_target import (
+from MaxDraft.pyconfig import Config
+from MaxDraft.run.data import RunData, open_data
+from MaxDraft.run.target import (
     Target,
     open_target,
     saved_head_dims,
@@ -44,45 +43,12 @@ from MaxDraft.run_target import (
     wanted_head_dims,
     with_embedded_target,
 )
-from MaxDraft.sharding import ShardingError
 from MaxDraft.targets.dims import TargetError
-from MaxDraft.tiny_target.build import TinyTargetError
-from MaxDraft.tiny_target.corpus import CorpusError
 from MaxDraft.train_step import Batch, Frozen, Programs, make_programs
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on."""
-
-
-# Mistakes of the user or the machine: told in plain words, without a traceback, exit status 2.
-USER_ERRORS = (
-    CheckpointError,
-    ConfigError,
-    CorpusError,
-    DataError,
-    ResumeError,
-    ShardingError,
-    TargetError,
-    TinyTargetError,
-    TrainingError,
-    VocabularyError,
-)
-
-
-def run_main(main: Callable[[Sequence[str]], int]) -> None:
-    """Runs an entry script's main(argv) and exits with its status."""
-    try:
-        sys.exit(main(sys.argv))
-    except USER_ERRORS as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error}; the checkpoints are whole, and the same command goes on from them"
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(130)
-    print(f"\nerror: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
+from MaxDraft.errors import UserError
 
 _ENGINES_THETA = 10000.0  # what engines take without a word where rope_theta is missing
 
@@ -32,7 +32,7 @@ class EngineHead:
 
     def __init__(self, folder: Path):
         self.config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(Path(folder) / SINGLE)
+        tensors = load_file(Path(folder) / "model.safetensors")
         self._d2t = tensors.pop("d2t")
         self.t2d = tensors.pop("t2d", None)
         self._w = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
@@ -124,7 +124,7 @@ def engine_frequencies(config: Mapping[str, Any]) -> tuple[np.ndarray, np.float3
         keep = np.where(turns < low, 0, np.where(turns > high, 1, (turns - low) / (high - low)))
         return (plain * (keep + (1 - keep) / factor)).astype(np.float32), np.float32(1)
     if kind != "yarn":
-        raise CheckpointError(f"config.json: rope_scaling of type {kind!r} is not known to engines")
+        raise UserError(f"config.json: rope_scaling of type {kind!r} is not known to engines")
 
     def pair_that_turns(times: float) -> float:
         return d * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))

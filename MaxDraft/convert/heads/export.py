@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
-from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.drafts.eagle3.head import HeadDims, head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.layers.rope import Rope

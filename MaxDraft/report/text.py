@@ -13,18 +13,20 @@ from typing import Any
 
 import jax
 
-from MaxDraft import flops, pyconfig, wiring
-from MaxDraft.convert import target_checkpoint
-from MaxDraft.convert.kept import dequantized
-from MaxDraft.convert.quantization import check_quantization
-from MaxDraft.convert.target_checkpoint import target_memory
-from MaxDraft.drafts import eagle3
+from MaxDraft import pyconfig
+from MaxDraft.convert.target import checkpoint as target_checkpoint
+from MaxDraft.convert.target.checkpoint import target_memory
+from MaxDraft.convert.target.quantization import check_quantization
+from MaxDraft.convert.target.quantized_params import dequantized
+from MaxDraft.cost import flops
+from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers import params as parameters
 from MaxDraft.metric_logger import say
-from MaxDraft.run_target import target_table
+from MaxDraft.run import training_run as wiring
+from MaxDraft.run.target import target_table
+from MaxDraft.run.training_run import Run
 from MaxDraft.targets.table import decoder_params
-from MaxDraft.wiring import Run
 
 
 def describe(run: Run, vocabulary: DraftVocabulary) -> None:
@@ -63,7 +65,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
 
 
 def _target_memory(run: Run) -> str:
-    """Of the target's weights, in both forms where its files are quantised."""
+    """Of the target's weights, in both forms where its files are quantized."""
     tables = {
         form: target_table(run.config, run.target, form == "keep")
         for form in ("dequantize", "keep")
@@ -73,14 +75,14 @@ def _target_memory(run: Run) -> str:
     now = f"{forms[run.config.target_quantization]:.3f} GB (1e9 bytes) in all"
     quantization = check_quantization(run.target.config)
     if not quantization:
-        nothing = "; the files hold nothing quantised, target_quantization=keep changes nothing"
+        nothing = "; the files hold nothing quantized, target_quantization=keep changes nothing"
         return now + (nothing if keep else "")
     text = (
         f"{now}; the files hold {quantization}: target_quantization=dequantize takes "
         f"{forms['dequantize']:.3f} GB, keep {forms['keep']:.3f} GB"
     )
     others = dequantized(tables["keep"], target_checkpoint.open_weights(run.target.path))
-    return text + (f"; dequantised all the same: {', '.join(others)}" if keep and others else "")
+    return text + (f"; dequantized all the same: {', '.join(others)}" if keep and others else "")
 
 
 def finish(run: Run, result: dict[str, Any], export: Path) -> None:

@@ -19,8 +19,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.layers.attention import document_starts, joined, row_attention
 from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.params import Tree

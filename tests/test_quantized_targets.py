@@ -1,6 +1,6 @@
-"""A quantised target computes what its dequantised numbers say, kept in memory or not.
+"""A quantized target computes what its dequantized numbers say, kept in memory or not.
 
-FP8 in 128 x 128 blocks (DeepSeek-V3) and MXFP4 (gpt-oss), dequantised here by NumPy alone.
+FP8 in 128 x 128 blocks (DeepSeek-V3) and MXFP4 (gpt-oss), dequantized here by NumPy alone.
 """
 
 import json
@@ -15,14 +15,14 @@ import pytest
 from harness import relative_error
 from safetensors.numpy import save_file
 
-from MaxDraft.convert.kept import keep_quantized
 from MaxDraft.convert.safetensors_files import CheckpointError
-from MaxDraft.convert.target_checkpoint import (
+from MaxDraft.convert.target.checkpoint import (
     load_target,
     open_weights,
     read_config,
     unused_tensors,
 )
+from MaxDraft.convert.target.quantized_params import keep_quantized
 from MaxDraft.targets import decoder
 from MaxDraft.targets.plan import default_capture
 from MaxDraft.targets.registry import dims_from_config
@@ -37,7 +37,7 @@ FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 LENGTH = 48
 
 
-def dequantised(tensors):
+def dequantized(tensors):
     """Every tensor as plain float32 numbers, by the formats' definitions."""
     plain = {}
     for name, tensor in tensors.items():
@@ -59,21 +59,21 @@ def dequantised(tensors):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folders(request, tmp_path_factory):
-    """Folders of one target: as drawn, quantised, and with the quantised file's numbers."""
+    """Folders of one target: as drawn, quantized, and with the quantized file's numbers."""
     config = make_target.CONFIGS[request.param]
-    unquantised = {k: v for k, v in config.items() if k != "quantization_config"}
+    unquantized = {k: v for k, v in config.items() if k != "quantization_config"}
     folder = tmp_path_factory.mktemp(request.param)
-    found = [folder / name for name in ("drawn", "quantised", "dequantised")]
+    found = [folder / name for name in ("drawn", "quantized", "dequantized")]
     for path in found:
         path.mkdir()
-    make_target.write_weights(unquantised, found[0])
+    make_target.write_weights(unquantized, found[0])
     make_target.write_weights(config, found[1])
-    make_target.tokenizer.write_json(found[2] / "config.json", unquantised)
+    make_target.tokenizer.write_json(found[2] / "config.json", unquantized)
     quantize = make_target.QUANTIZERS[config["quantization_config"]["quant_method"]]
     written = dict(
         part for name, whole in make_target.stored(config) for part in quantize(name, whole)
     )
-    save_file(dequantised(written), found[2] / "model.safetensors", metadata={"format": "pt"})
+    save_file(dequantized(written), found[2] / "model.safetensors", metadata={"format": "pt"})
     return found
 
 
@@ -106,9 +106,9 @@ def logits_of(folder, keep=False):
     return np.asarray(jax.jit(forward)(params))
 
 
-def test_loaded_weights_are_the_dequantised_numbers_bit_for_bit(folders):
-    _, quantised, plain = folders
-    ours, theirs = (load_target(folder, table_of(folder)[1]) for folder in (quantised, plain))
+def test_loaded_weights_are_the_dequantized_numbers_bit_for_bit(folders):
+    _, quantized, plain = folders
+    ours, theirs = (load_target(folder, table_of(folder)[1]) for folder in (quantized, plain))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -138,12 +138,12 @@ def test_a_missing_scale_is_an_error_that_names_it(tmp_path, family, lost, keep)
         load_target(tmp_path, table)
 
 
-def test_a_target_kept_quantised_computes_the_same(folders):
-    _, quantised, plain = folders
-    assert relative_error(logits_of(quantised, keep=True), logits_of(plain)) < 1e-5
+def test_a_target_kept_quantized_computes_the_same(folders):
+    _, quantized, plain = folders
+    assert relative_error(logits_of(quantized, keep=True), logits_of(plain)) < 1e-5
 
 
-def test_logits_differ_from_the_unquantised_targets_by_the_quantisations_own_error(folders):
+def test_logits_differ_from_the_unquantized_targets_by_the_quantizations_own_error(folders):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -155,8 +155,8 @@ def test_logits_differ_from_the_unquantised_targets_by_the_quantisations_own_err
         with torch.no_grad():
             return model.eval()(tokens).logits[0].float().numpy()
 
-    drawn, quantised, plain = folders
-    ours, expected = logits_of(quantised), theirs(plain)
+    drawn, quantized, plain = folders
+    ours, expected = logits_of(quantized), theirs(plain)
     own_error = relative_error(expected, theirs(drawn))
     assert relative_error(ours, expected) < 1e-4 < own_error
     assert relative_error(ours, theirs(drawn)) < own_error + 1e-4

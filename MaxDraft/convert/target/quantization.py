@@ -1,4 +1,4 @@
-"""What a checkpoint's quantised tensors mean.
+"""What a checkpoint's quantized tensors mean.
 
     FP8     X is float8 [out, in] and X_scale_inv or X_scale beside it, wherever in the files:
             w = X * scale, where a scale stands for the whole tensor, an output, or a block
@@ -6,7 +6,7 @@
             two e2m1 numbers a byte, the low half first, w = e2m1 * 2 ^ (scale - 127)
             (OCP Microscaling Formats 1.0); together they are the tensor X [experts, in, out]
 
-Both multiply, whatever "inv" suggests. Only weights are quantised here: what a config.json says
+Both multiply, whatever "inv" suggests. Only weights are quantized here: what a config.json says
 about activations is for engines that multiply in 8 bits, and would only add their error.
 """
 
@@ -48,15 +48,15 @@ class Quantization:
     method: str
     block: tuple[int, int] = _DEFAULT_BLOCK  # [outputs, inputs] of a block, where there are blocks
     in_blocks: bool = False  # it says that there are
-    activations: bool = False  # it also says how activations are quantised
+    activations: bool = False  # it also says how activations are quantized
 
     def __str__(self) -> str:
-        ignored = "; its quantisation of activations is not applied" if self.activations else ""
+        ignored = "; its quantization of activations is not applied" if self.activations else ""
         return f"{self.method} weights{ignored}"
 
 
 def check_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """How the target's weights are quantised; None: they are not.
+    """How the target's weights are quantized; None: they are not.
 
     CheckpointError for what cannot be read.
     """
@@ -140,7 +140,7 @@ def _part(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _refusal(what: str) -> CheckpointError:
     return CheckpointError(
         f"config.json says {what}, which cannot be read. Known are fp8, fbgemm_fp8, mxfp4 and "
-        f"compressed-tensors with 8-bit float weights; take such a checkpoint or an unquantised one"
+        f"compressed-tensors with 8-bit float weights; take such a checkpoint or an unquantized one"
     )
 
 
@@ -322,7 +322,7 @@ def pair(
     block: tuple[int, int] = _DEFAULT_BLOCK,
     in_blocks: bool = False,
 ) -> dict[str, WeightTensor]:
-    """Tensors by name, where a quantised one stands for what it means."""
+    """Tensors by name, where a quantized one stands for what it means."""
     paired: dict[str, WeightTensor] = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.dtype in FP8:
@@ -347,7 +347,7 @@ def _scale_name(name: str, tensors: Mapping[str, Any]) -> str | None:
 
 
 def part_names(name: str, tensors: Mapping[str, WeightTensor]) -> list[str]:
-    """Names of the further tensors that a quantised one is made of."""
+    """Names of the further tensors that a quantized one is made of."""
     if isinstance(tensors.get(name), Mxfp4Tensor):
         return [name + BLOCKS, name + SCALES]
     if isinstance(tensors.get(name), Fp8Tensor):

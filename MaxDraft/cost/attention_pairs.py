@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from MaxDraft.pyconfig import Config
-
 
 def computed_by_seen(
-    segments: np.ndarray, judged: np.ndarray, config: Config, devices: int, target_shares: int
+    segments: np.ndarray,
+    judged: np.ndarray,
+    *,
+    rollout_block: int,
+    attention_block: int,
+    devices: int,
+    target_shares: int,
 ) -> dict[str, float]:
     """-> target_pairs, rollout_pairs: pairs computed for each that is seen.
 
@@ -31,13 +35,13 @@ def computed_by_seen(
     def of_devices(x: np.ndarray) -> np.ndarray:
         return x.reshape(A, devices, -1, T).swapaxes(0, 1).reshape(devices, -1, T)
 
-    R, rollout = config.rollout_block_size, []
+    R, rollout = rollout_block, []
     for begins_at, judged_here in zip(of_devices(first), of_devices(judged), strict=True):
         starts = (begins_at + T * np.arange(len(begins_at))[:, None]).ravel()
         rows = np.flatnonzero(judged_here)
         calls = (rows[None, i : i + R] for i in range(0, len(rows), R))
         rollout += [(call, starts[call]) for call in calls]
-    size = config.attention_block_size
+    size = attention_block
     return {
         "target_pairs": _ratio(target, size, min(size, T)),
         "rollout_pairs": _ratio(rollout, size, min(size, R)),

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from MaxDraft.convert import head_import, target_checkpoint
-from MaxDraft.convert.kept import keep_quantized
-from MaxDraft.convert.quantization import check_quantization
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.convert.heads import load as head_import
+from MaxDraft.convert.target import checkpoint as target_checkpoint
+from MaxDraft.convert.target.quantization import check_quantization
+from MaxDraft.convert.target.quantized_params import keep_quantized
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.head_dims import head_dims
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import Rope
@@ -80,7 +81,7 @@ def open_target(config: Config) -> Target:
 
 
 def target_table(config: Config, target: Target, keep: bool) -> Tree:
-    """The target's parameters as they lie in memory; keep: quantised where its files are."""
+    """The target's parameters as they lie in memory; keep: quantized where its files are."""
     table = decoder_params(target.dims, target.capture, jnp.dtype(config.weight_dtype))
     if not keep:
         return table

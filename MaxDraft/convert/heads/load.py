@@ -19,8 +19,8 @@ import numpy as np
 
 from MaxDraft.convert.loading import differences, listed, load_parameters
 from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, open_safetensors
-from MaxDraft.convert.target_checkpoint import read_config
-from MaxDraft.drafts.eagle3 import HeadDims, head_params
+from MaxDraft.convert.target.checkpoint import read_config
+from MaxDraft.drafts.eagle3.head import HeadDims, head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config
@@ -140,7 +140,7 @@ def _unknown_maths(config: Mapping[str, Any], layer: Mapping[str, Any]) -> list[
     if layer.get("num_hidden_layers", 1) != 1:
         problems.append(f"num_hidden_layers: is {layer['num_hidden_layers']}, must be 1")
     if config.get("quantization_config"):
-        problems.append("quantization_config: take a head that is not quantised")
+        problems.append("quantization_config: take a head that is not quantized")
     return problems
 
 

@@ -20,12 +20,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from MaxDraft.convert.engine_head import EngineHead
 from MaxDraft.convert.loading import listed, stored_shape
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError, read_header, read_json
-from MaxDraft.drafts import eagle3
-from MaxDraft.drafts.eagle3 import HeadDims
-from MaxDraft.drafts.rollout import rollout_everywhere
+from MaxDraft.drafts.eagle3 import head as eagle3
+from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.numpy_twin import EngineHead
+from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config

@@ -1,6 +1,6 @@
-"""Which parameters of a target stay quantised in memory, and how their parts lie there.
+"""Which parameters of a target stay quantized in memory, and how their parts lie there.
 
-A Param whose tensors are all quantised in one way becomes a Quantized of two Params, so that
+A Param whose tensors are all quantized in one way becomes a Quantized of two Params, so that
 shardings, shapes, counting and loading go on as for any table. Small things stay as they were:
 norms and biases are vectors, embedding and head name the vocabulary, routers have no split axis.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft.convert.loading import find_way, per_expert, tensor_names
-from MaxDraft.convert.quantization import (
+from MaxDraft.convert.target.quantization import (
     BLOCKS,
     MX_BLOCK,
     SCALES,
@@ -34,7 +34,7 @@ WHOLE = ("target_embed", "target_expert_embed", None)
 
 
 def keep_quantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> Tree:
-    """The table where quantised matrices stay as they lie in the files.
+    """The table where quantized matrices stay as they lie in the files.
 
     tensors: open_weights(...).
     """
@@ -42,7 +42,7 @@ def keep_quantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> Tree:
 
 
 def dequantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> list[str]:
-    """Paths of a table's parameters that are quantised in the files and not in memory."""
+    """Paths of a table's parameters that are quantized in the files and not in memory."""
     return [
         path
         for path, param in flatten(table)
@@ -76,7 +76,7 @@ def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None
             (tensor.grid(way.transposed), _name_end(name, tensors))
             for name, tensor in zip(names, found, strict=True)
         }
-        # Layers that are quantised differently cannot be stacked.
+        # Layers that are quantized differently cannot be stacked.
         return _fp8(param, way, tiled, *kinds.pop()) if len(kinds) == 1 else None
     return None
 

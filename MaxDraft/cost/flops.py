@@ -14,13 +14,13 @@ import math
 
 import jax
 
-from MaxDraft.drafts.eagle3 import HeadDims
+from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.layers.params import Param
 from MaxDraft.targets.dims import (
+    MLA,
     Attention,
     DecoderDims,
     DeltaNet,
-    LatentAttention,
     Layer,
 )
 from MaxDraft.targets.plan import runs
@@ -81,8 +81,10 @@ def _mixing(layer: Layer, length: float) -> float:
         case Attention() as a:
             seen = _seen(length, a.window, a.chunk)
             return 2 * 2 * a.num_heads * a.head_dim * seen
-        case LatentAttention() as a:
-            return 2 * a.num_heads * (a.nope_dim + a.rope_dim + a.v_dim) * length / 2
+        case MLA() as a:
+            return (
+                2 * a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_dim) * length / 2
+            )
         case DeltaNet() as a:  # the state is read, corrected and read again
             return 3 * 2 * a.num_v_heads * a.k_dim * a.v_dim
 

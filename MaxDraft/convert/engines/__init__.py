@@ -1,0 +1,1 @@
+"""Which engine can serve a head, with evidence."""

@@ -1,0 +1,1 @@
+"""Heads in the files that serving engines read, and the way back."""

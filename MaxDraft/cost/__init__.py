@@ -1,0 +1,1 @@
+"""What a step costs: FLOPs by formula, as traced and as compiled; attention's pairs."""

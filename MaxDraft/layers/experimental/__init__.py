@@ -1,0 +1,1 @@
+"""Kernels that no chip has run yet."""

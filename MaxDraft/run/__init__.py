@@ -1,0 +1,1 @@
+"""Opens a run: its target, data, programs and folder."""
