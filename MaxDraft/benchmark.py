@@ -274,7 +274,11 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "mesh": dict(mesh.shape),
         "weights": config.weight_dtype
-        + (" (keep is not measured)" if config.target_quantization == "keep" else ""),
+        + (
+            " (keep_quantized is not measured)"
+            if config.target_quantization == "keep_quantized"
+            else ""
+        ),
         "positions": real.size,
         "tokens": int(real.sum()),
         "tokens_kind": setting.tokens_kind,

@@ -17,7 +17,7 @@ Values = dict[str, Any]
 CHOICES = {
     "dtype": ("bfloat16", "float32"),
     "weight_dtype": ("bfloat16", "float32"),
-    "target_quantization": ("dequantize", "keep"),
+    "target_quantization": ("dequantize", "keep_quantized"),
     "matmul_precision": ("default", "high", "highest"),
     "loss": ("kl", "lk_hybrid", "lk_alpha"),
     "remat_policy": ("none", "dots", "full"),

@@ -20,7 +20,7 @@ for family in $families; do
   rm -rf "$run" "$output/made/$family"
   "$python" end_to_end/make_target.py "${family%%+*}" "$output/made/$family"
   keep=dequantize
-  [[ "$family" = *+keep* ]] && keep=keep
+  [[ "$family" = *+keep* ]] && keep=keep_quantized
   dtype=float32
   [[ "$family" = *+bf16* ]] && dtype=bfloat16
   place=(base_output_directory="$output" run_name="$family")

@@ -124,8 +124,8 @@ def test_the_memory_of_the_target_follows_from_its_fields(opening, target):
 def test_the_memory_of_a_target_that_stays_quantized_follows_from_its_fields(
     config, opening, target
 ):
-    assert ("kept as in its files" in opening) == (config.target_quantization == "keep")
-    if config.target_quantization == "keep":
+    assert ("kept as in its files" in opening) == (config.target_quantization == "keep_quantized")
+    if config.target_quantization == "keep_quantized":
         kind, size = stated(r"kept as in its files \(.*?(FP8|MXFP4).*?\) = ([\d.]+) GB", opening)
         assert size == f"{kept_bytes(target, kind) / 1e9:.1f}"
 

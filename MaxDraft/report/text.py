@@ -67,21 +67,23 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
 def _target_memory(run: Run) -> str:
     """Of the target's weights, in both forms where its files are quantized."""
     tables = {
-        form: target_table(run.config, run.target, form == "keep")
-        for form in ("dequantize", "keep")
+        form: target_table(run.config, run.target, form == "keep_quantized")
+        for form in ("dequantize", "keep_quantized")
     }
     forms = {form: target_memory(table) / 1e9 for form, table in tables.items()}
-    keep = run.config.target_quantization == "keep"
+    keep = run.config.target_quantization == "keep_quantized"
     now = f"{forms[run.config.target_quantization]:.3f} GB (1e9 bytes) in all"
     quantization = check_quantization(run.target.config)
     if not quantization:
-        nothing = "; the files hold nothing quantized, target_quantization=keep changes nothing"
+        nothing = (
+            "; the files hold nothing quantized, target_quantization=keep_quantized changes nothing"
+        )
         return now + (nothing if keep else "")
     text = (
         f"{now}; the files hold {quantization}: target_quantization=dequantize takes "
-        f"{forms['dequantize']:.3f} GB, keep {forms['keep']:.3f} GB"
+        f"{forms['dequantize']:.3f} GB, keep_quantized {forms['keep_quantized']:.3f} GB"
     )
-    others = dequantized(tables["keep"], target_checkpoint.open_weights(run.target.path))
+    others = dequantized(tables["keep_quantized"], target_checkpoint.open_weights(run.target.path))
     return text + (f"; dequantized all the same: {', '.join(others)}" if keep and others else "")
 
 

@@ -246,7 +246,7 @@ def vocabulary(run: Run, draft_to_target: np.ndarray) -> DraftVocabulary:
 def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
     """The target's weights, each device reading its own slices, and the draft vocabulary."""
     config, target, mesh = run.config, run.target, run.mesh
-    table = target_table(config, target, config.target_quantization == "keep")
+    table = target_table(config, target, config.target_quantization == "keep_quantized")
     for line in target_checkpoint.unused_tensors(target.path, table):
         say(f"target, not used: {line}")
     placement = parameters.shardings(table, mesh, config.logical_axis_rules)
