@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, config: dict) -> None:
     tensors = {
         name: stored_shape(param)
         for _, param in flatten(target_table(config))
-        for name in tensor_names(param, param.ways[0])
+        for name in tensor_names(param, param.layouts[0])
     }
     shards, size = [{}], 0
     for name, shape in tensors.items():

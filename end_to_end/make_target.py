@@ -330,23 +330,23 @@ def stored(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 
 def pieces(param: Param, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """A parameter cut into what each tensor holds of it."""
-    way = param.ways[0]
+    layout = param.layouts[0]
     for row, layer in enumerate([None] if param.layers is None else param.layers):
         of_layer = values if layer is None else values[row]
-        if per_expert(way):
+        if per_expert(layout):
             for expert, one in enumerate(of_layer):
-                yield tensor_name(way, layer, expert), one
+                yield tensor_name(layout, layer, expert), one
         else:
-            yield tensor_name(way, layer), of_layer
+            yield tensor_name(layout, layer), of_layer
 
 
 def place(array: np.ndarray, param: Param, piece: np.ndarray) -> None:
     """Writes what a tensor holds of a parameter into it: the inverse of reading."""
-    way = param.ways[0]
-    turned = array.swapaxes(-1, -2) if way.transposed and array.ndim > 1 else array
-    if way.part:
-        stop = way.part.start + piece.shape[-1] * way.part.step
-        turned = turned[..., way.part.start : stop : way.part.step]
+    layout = param.layouts[0]
+    turned = array.swapaxes(-1, -2) if layout.transposed and array.ndim > 1 else array
+    if layout.part:
+        stop = layout.part.start + piece.shape[-1] * layout.part.step
+        turned = turned[..., layout.part.start : stop : layout.part.step]
     turned[...] = piece.astype(array.dtype)
 
 

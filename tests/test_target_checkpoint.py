@@ -33,7 +33,7 @@ from MaxDraft.convert.target.checkpoint import (
     target_fingerprint,
     unused_tensors,
 )
-from MaxDraft.layers.params import Param, Part, Stored, flatten, shardings
+from MaxDraft.layers.params import Param, Part, TensorLayout, flatten, shardings
 from MaxDraft.targets.table import decoder_params
 
 BASE_YML = Path(__file__).parent.parent / "configs" / "base.yml"
@@ -115,7 +115,9 @@ def test_a_slice_reads_as_the_whole_does(tmp_path, dtype):
     index = (slice(3, 69), slice(2, 5))
     np.testing.assert_array_equal(stored.read(index), whole[index])
     out = np.empty((3, 66), np.float32)
-    Source(stored, Stored("w", True), (9, 70), False).copy_to(out, (range(2, 5), range(3, 69)))
+    Source(stored, TensorLayout("w", True), (9, 70), False).copy_to(
+        out, (range(2, 5), range(3, 69))
+    )
     np.testing.assert_array_equal(out, whole[index].T.astype(np.float32))
 
 
@@ -480,7 +482,7 @@ def test_the_text_side_of_a_multimodal_checkpoint_is_found(tmp_path, body, head)
     ]
 
 
-# ---------------------------------------------------------------------- ways to hold a parameter
+# ------------------------------------------------------------------------------------- layouts
 E, IN, OUT = 4, 6, 10
 
 
@@ -529,14 +531,17 @@ def test_biases_of_experts_load_likewise(tmp_path, part):
     np.testing.assert_array_equal(load_one(tmp_path, {"b": whole}, param), expected)
 
 
-def test_the_first_way_whose_tensors_are_all_there_is_taken(tmp_path):
+def test_the_first_layout_whose_tensors_are_there_is_taken(tmp_path):
     whole = np.random.default_rng(0).standard_normal((2 * OUT, IN), np.float32)
     param = Param(
         (IN, OUT),
         (None, None),
         "q.weight",
         transposed=True,
-        otherwise=(Stored("qkv.weight", True, Part(5, 2 * OUT)), Stored("q_in_out")),
+        other_layouts=(
+            TensorLayout("qkv.weight", True, Part(5, 2 * OUT)),
+            TensorLayout("q_in_out"),
+        ),
     )
     loaded = load_one(tmp_path, {"qkv.weight": whole}, param)
     np.testing.assert_array_equal(loaded, whole[5:15].T)

@@ -1,9 +1,9 @@
 """safetensors -> parameters, each device's part straight from the files.
 
-    parameter[layer, in, out] = tensor_of_that_layer[out, in]      (Stored.transposed)
+    parameter[layer, in, out] = tensor_of_that_layer[out, in]      (TensorLayout.transposed)
 
 Every device asks for its own index range, the range is turned round where the file holds [out, in],
-and only that is read; quantized numbers are dequantized on the way. A part goes to its device one
+and only that is read; quantized numbers are dequantized meanwhile. A part goes to its device one
 layer at a time, into a buffer that stands there already: the host holds one layer's part of one
 parameter, and nothing else twice.
 
@@ -39,7 +39,7 @@ from MaxDraft.convert.target.quantization import (
     WeightTensor,
     oriented,
 )
-from MaxDraft.layers.params import Param, Stored, Tree, flatten
+from MaxDraft.layers.params import Param, TensorLayout, Tree, flatten
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 _SHOWN = 20  # differences listed in one error
@@ -53,72 +53,72 @@ Ranges = tuple[range, ...]
 
 
 # ---------------------------------------------------------------------------------- names, shapes
-def tensor_name(way: Stored, layer: int | None, expert: int | None = None) -> str:
+def tensor_name(layout: TensorLayout, layer: int | None, expert: int | None = None) -> str:
     """The checkpoint's name for one layer's parameter, or one expert's."""
-    return way.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+    return layout.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
-def tensor_names(param: Param, way: Stored) -> list[str]:
+def tensor_names(param: Param, layout: TensorLayout) -> list[str]:
     """All names behind a parameter: of its layers, and of their experts."""
     layers = [None] if param.layers is None else param.layers
-    experts = range(param.shape[0]) if per_expert(way) else [None]
-    return [tensor_name(way, layer, expert) for layer in layers for expert in experts]
+    experts = range(param.shape[0]) if per_expert(layout) else [None]
+    return [tensor_name(layout, layer, expert) for layer in layers for expert in experts]
 
 
-def per_expert(way: Stored) -> bool:
+def per_expert(layout: TensorLayout) -> bool:
     """Whether every expert has a tensor of its own."""
-    return "{expert}" in way.name
+    return "{expert}" in layout.name
 
 
-def find_way(tensors: Mapping[str, WeightTensor], param: Param) -> Stored:
-    """The first way whose tensors are all there; the usual one where there is none."""
-    for way in param.ways:
-        if all(name in tensors for name in tensor_names(param, way)):
-            return way
-    return param.ways[0]
+def find_layout(tensors: Mapping[str, WeightTensor], param: Param) -> TensorLayout:
+    """The first layout whose tensors are all there; the default where none is complete."""
+    for layout in param.layouts:
+        if all(name in tensors for name in tensor_names(param, layout)):
+            return layout
+    return param.layouts[0]
 
 
-def stored_shape(param: Param, way: Stored | None = None) -> tuple[int, ...]:
-    """Shape of one tensor in the file; way None: the usual one."""
-    way = way or param.ways[0]
-    return _as_stored(_piece_shape(param, way), way)
+def stored_shape(param: Param, layout: TensorLayout | None = None) -> tuple[int, ...]:
+    """Shape of one tensor in the file; layout None: the default one."""
+    layout = layout or param.layouts[0]
+    return _as_stored(_piece_shape(param, layout), layout)
 
 
-def _as_stored(shape: tuple[int, ...], way: Stored) -> tuple[int, ...]:
+def _as_stored(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, ...]:
     *lead, last = shape
-    shape = (*lead, way.part.total if way.part else last)
-    return (*shape[:-2], shape[-1], shape[-2]) if way.transposed else shape
+    shape = (*lead, layout.part.total if layout.part else last)
+    return (*shape[:-2], shape[-1], shape[-2]) if layout.transposed else shape
 
 
-def _piece_shape(param: Param, way: Stored) -> tuple[int, ...]:
+def _piece_shape(param: Param, layout: TensorLayout) -> tuple[int, ...]:
     """What one tensor holds of the parameter."""
-    return param.shape[1:] if per_expert(way) else param.shape
+    return param.shape[1:] if per_expert(layout) else param.shape
 
 
 def differences(tensors: Mapping[str, WeightTensor], table: Tree) -> list[str]:
     """Every tensor of the table that the files lack, hold in another shape, or as no weight."""
     lines = []
     for _, param in flatten(table):
-        way = find_way(tensors, param)
-        expected = stored_shape(param, way)
-        for name in tensor_names(param, way):
+        layout = find_layout(tensors, param)
+        expected = stored_shape(param, layout)
+        for name in tensor_names(param, layout):
             if name not in tensors:
                 lines.append(f"{name}: missing, expected {list(expected)}")
             else:
-                problem = _problem(tensors[name], param, way, expected)
+                problem = _problem(tensors[name], param, layout, expected)
                 lines += [problem] if problem else []
     return lines
 
 
 def _problem(
-    tensor: WeightTensor, param: Param, way: Stored, expected: tuple[int, ...]
+    tensor: WeightTensor, param: Param, layout: TensorLayout, expected: tuple[int, ...]
 ) -> str | None:
     if isinstance(tensor, ScaleTensor):
-        return tensor.of.problem(way.transposed)
+        return tensor.of.problem(layout.transposed)
     if _without_ones(tensor.shape) != _without_ones(expected):
         return f"{tensor.name}: expected {list(expected)}, found {list(tensor.shape)}"
     if isinstance(tensor, Fp8Tensor | Mxfp4Tensor):
-        return tensor.problem(way.transposed)
+        return tensor.problem(layout.transposed)
     kept = tensor.dtype == "U8" and param.dtype == np.uint8
     if tensor.dtype in WEIGHT_DTYPES or kept:
         return None
@@ -166,7 +166,7 @@ class Source:
     """One tensor, as what it holds of a parameter: [in, out], [experts, in, out], [size]."""
 
     tensor: WeightTensor
-    way: Stored
+    layout: TensorLayout
     shape: tuple[int, ...]
     raw: bool  # quantized numbers stay as they are, as bytes
 
@@ -177,11 +177,11 @@ class Source:
         computed = isinstance(tensor, Fp8Tensor | Mxfp4Tensor) and not self.raw
         if not isinstance(tensor, ScaleTensor):
             will_need(self._in_file(index))
-        if len(index) < 2 or not (computed or self.way.transposed):
+        if len(index) < 2 or not (computed or self.layout.transposed):
             out[...] = read(index)
             return
         # Strips of the file's rows, which are the parameter's last dimension where it is turned.
-        axis = -1 if self.way.transposed or isinstance(tensor, Mxfp4Tensor) else -2
+        axis = -1 if self.layout.transposed or isinstance(tensor, Mxfp4Tensor) else -2
 
         def copy_strip(strip: tuple[Index, Index]) -> None:
             there, here = strip
@@ -196,7 +196,7 @@ class Source:
             return self._lying()[index]
         *lead, inputs, outputs = index
         pairs = slice(inputs.start // 2, -(-inputs.stop // 2))
-        by_rows = dataclasses.replace(self.way, transposed=True)
+        by_rows = dataclasses.replace(self.layout, transposed=True)
         return oriented(self.tensor.blocks.map(), by_rows, self.shape)[(*lead, pairs, outputs)]
 
     def _lying(self) -> np.ndarray:
@@ -205,7 +205,7 @@ class Source:
         if isinstance(tensor, Fp8Tensor):
             tensor = dataclasses.replace(tensor.values, dtype="U8")
         return oriented(
-            tensor.map().reshape(_as_stored(self.shape, self.way)), self.way, self.shape
+            tensor.map().reshape(_as_stored(self.shape, self.layout)), self.layout, self.shape
         )
 
     def _reader(self) -> Reader:
@@ -213,7 +213,7 @@ class Source:
             isinstance(self.tensor, Fp8Tensor) and self.raw
         ):
             return self._lying().__getitem__
-        return self.tensor.reader(self.way, self.shape)
+        return self.tensor.reader(self.layout, self.shape)
 
 
 def _strips(index: Index, axis: int) -> Iterator[tuple[Index, Index]]:
@@ -241,17 +241,19 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) -> jax.Array:
-    way = find_way(tensors, param)
+    layout = find_layout(tensors, param)
 
     def read(ranges: Ranges) -> np.ndarray:
-        return _read(tensors, param, way, ranges)
+        return _read(tensors, param, layout, ranges)
 
-    by_outputs = way.transposed or isinstance(tensors[tensor_names(param, way)[0]], Mxfp4Tensor)
+    by_outputs = layout.transposed or isinstance(
+        tensors[tensor_names(param, layout)[0]], Mxfp4Tensor
+    )
     rows = _whole_rows(param, place, by_outputs)
     if rows is not None:
         return _exchanged(param, rows, place, read)
     # Pieces are whole rows of the file.
-    axis = len(param.full_shape) - 1 if param.layers is None and way.transposed else 0
+    axis = len(param.full_shape) - 1 if param.layers is None and layout.transposed else 0
     return _place(
         param.full_shape,
         place,
@@ -260,19 +262,19 @@ def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) ->
 
 
 def _read(
-    tensors: Mapping[str, WeightTensor], param: Param, way: Stored, ranges: Ranges
+    tensors: Mapping[str, WeightTensor], param: Param, layout: TensorLayout, ranges: Ranges
 ) -> np.ndarray:
     """parameter[ranges] from the files of its layers and experts."""
-    shape, raw = _piece_shape(param, way), np.dtype(param.dtype) == np.uint8
+    shape, raw = _piece_shape(param, layout), np.dtype(param.dtype) == np.uint8
     out = np.empty([len(r) for r in ranges], param.dtype)
 
     def copy_layer(out: np.ndarray, layer: int | None, ranges: Ranges) -> None:
-        if not per_expert(way):
-            Source(tensors[tensor_name(way, layer)], way, shape, raw).copy_to(out, ranges)
+        if not per_expert(layout):
+            Source(tensors[tensor_name(layout, layer)], layout, shape, raw).copy_to(out, ranges)
             return
         for row, expert in enumerate(ranges[0]):
-            tensor = tensors[tensor_name(way, layer, expert)]
-            Source(tensor, way, shape, raw).copy_to(out[row], ranges[1:])
+            tensor = tensors[tensor_name(layout, layer, expert)]
+            Source(tensor, layout, shape, raw).copy_to(out[row], ranges[1:])
 
     if param.layers is None:
         copy_layer(out, None, ranges)

@@ -34,8 +34,8 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """One way in which a checkpoint may hold a parameter.
+class TensorLayout:
+    """Where and how the tensors of a checkpoint hold a parameter.
 
     name: "{layer}" stands for the 0-based layer; "{expert}" for the expert, where every expert has
         a tensor of its own instead of one [experts, ...].
@@ -54,11 +54,11 @@ class Param:
 
     shape: of one layer, as the code uses it: matrices are [in, out], experts' [experts, in, out].
     axes: logical axis of every dimension.
-    tensor, transposed, part: how the checkpoint holds it, see Stored.
+    tensor, transposed, part: the default TensorLayout, the first that is looked for.
     dtype: in memory.
     init: "matrix" draws from normal(0, 1/sqrt(fan_in)); "ones"; "zeros".
     layers: the layers stacked along a leading dimension; None: no such dimension.
-    otherwise: other ways to hold it, tried in order where the first one's tensors are absent.
+    other_layouts: tried in order where the tensors of the default layout are absent.
     """
 
     shape: tuple[int, ...]
@@ -69,12 +69,12 @@ class Param:
     transposed: bool = False
     layers: Sequence[int] | None = None
     part: Part | None = None
-    otherwise: tuple[Stored, ...] = ()
+    other_layouts: tuple[TensorLayout, ...] = ()
 
     @property
-    def ways(self) -> tuple[Stored, ...]:
-        """All ways in which a checkpoint may hold it, the usual one first."""
-        return (Stored(self.tensor, self.transposed, self.part), *self.otherwise)
+    def layouts(self) -> tuple[TensorLayout, ...]:
+        """All layouts in which a checkpoint may hold it, the default first."""
+        return (TensorLayout(self.tensor, self.transposed, self.part), *self.other_layouts)
 
     @property
     def full_shape(self) -> tuple[int, ...]:

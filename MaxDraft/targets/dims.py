@@ -11,7 +11,7 @@ import dataclasses
 
 from MaxDraft.errors import UserError
 from MaxDraft.layers.experts import Experts, Router  # noqa: F401, families import all from here
-from MaxDraft.layers.params import Stored
+from MaxDraft.layers.params import TensorLayout
 from MaxDraft.layers.rope import Rope
 
 
@@ -99,8 +99,8 @@ class DecoderDims:
     norm_offset: float = 0.0  # every RMSNorm multiplies by offset + weight (Gemma: 1)
     embed_scale: float = 1.0  # embeddings are multiplied by it
     logit_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: as they are
-    # Where a family's files differ from the usual names (table.py): (path in the tree, ways).
-    names: tuple[tuple[str, tuple[Stored, ...]], ...] = ()
+    # Where a family's files differ from the usual names (table.py): (path in the tree, layouts).
+    names: tuple[tuple[str, tuple[TensorLayout, ...]], ...] = ()
 
     @property
     def num_layers(self) -> int:

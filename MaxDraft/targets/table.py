@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from MaxDraft.layers.params import Param, Stored, Tree
+from MaxDraft.layers.params import Param, TensorLayout, Tree
 from MaxDraft.targets.dims import (
     MLA,
     Attention,
@@ -109,9 +109,10 @@ class _Layer:
         self.names = dict(dims.names)
 
     def param(self, path, shape, axes, init="matrix", transposed=True, dtype=None) -> Param:
-        ways = self.names.get(path) or (Stored(self.usual_name(path), transposed),)
+        layouts = self.names.get(path) or (TensorLayout(self.usual_name(path), transposed),)
         first, *others = (
-            dataclasses.replace(way, name="model.layers.{layer}." + way.name) for way in ways
+            dataclasses.replace(layout, name="model.layers.{layer}." + layout.name)
+            for layout in layouts
         )
         return Param(
             shape,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from MaxDraft.convert.loading import find_way, listed, load_parameters, tensor_names
+from MaxDraft.convert.loading import find_layout, listed, load_parameters, tensor_names
 from MaxDraft.convert.safetensors_files import (
     CheckpointError,
     StoredTensor,
@@ -270,7 +270,7 @@ def _used(tensors: Mapping[str, WeightTensor], table: Tree) -> set[str]:
     """Names that the table reads, scales included."""
     used = set()
     for _, param in flatten(table):
-        for name in tensor_names(param, find_way(tensors, param)):
+        for name in tensor_names(param, find_layout(tensors, param)):
             used |= {name, *part_names(name, tensors)}
     return used
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from MaxDraft.convert.safetensors_files import DTYPES, CheckpointError, StoredTensor
-from MaxDraft.layers.params import Part, Stored
+from MaxDraft.layers.params import Part, TensorLayout
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -198,13 +198,13 @@ class Fp8Tensor:
             )
         return None
 
-    def reader(self, way: Stored, shape: tuple[int, ...]) -> Reader:
+    def reader(self, layout: TensorLayout, shape: tuple[int, ...]) -> Reader:
         """-> function from an index range of the parameter to its float32 numbers."""
-        codes = oriented(dataclasses.replace(self.values, dtype="U8").map(), way, shape)
+        codes = oriented(dataclasses.replace(self.values, dtype="U8").map(), layout, shape)
         table = np.arange(256, dtype=np.uint8).view(DTYPES[self.values.dtype]).astype(np.float32)
-        grid = self.grid(way.transposed)
+        grid = self.grid(layout.transposed)
         scales = grid.of(self.scale)
-        start, step = (way.part.start, way.part.step) if way.part else (0, 1)
+        start, step = (layout.part.start, layout.part.step) if layout.part else (0, 1)
 
         def read(index: Index) -> np.ndarray:
             *lead, rows, cols = index
@@ -212,7 +212,7 @@ class Fp8Tensor:
             b = (start + step * np.arange(cols.start, cols.stop)) // grid.b
             some = scales[tuple(lead)] if lead and len(scales) > 1 else scales
             some = some.take(a, axis=-2).take(b, axis=-1)
-            if way.transposed:  # the look-up is several times faster in the file's order
+            if layout.transposed:  # the look-up is several times faster in the file's order
                 return (table[codes[index].swapaxes(-1, -2)]).swapaxes(-1, -2) * some
             return table[codes[index]] * some
 
@@ -250,16 +250,16 @@ class ScaleTensor:
     def name(self) -> str:
         return self.of.scale.name
 
-    def reader(self, way: Stored, shape: tuple[int, ...]) -> Reader:
+    def reader(self, layout: TensorLayout, shape: tuple[int, ...]) -> Reader:
         """-> function from an index range of the parameter to its float32 numbers.
 
-        way.part.step: outputs of the float8 tensor that lie between two scales.
+        layout.part.step: outputs of the float8 tensor that lie between two scales.
         """
-        grid = self.of.grid(way.transposed)
+        grid = self.of.grid(layout.transposed)
         scales = grid.of(self.of.scale)
-        inputs = self.of.shape[-1] if way.transposed else self.of.shape[-2]
+        inputs = self.of.shape[-1] if layout.transposed else self.of.shape[-2]
         a = np.arange(shape[-2]) * (inputs // shape[-2]) // grid.a
-        b = (way.part.start + way.part.step * np.arange(shape[-1])) // grid.b
+        b = (layout.part.start + layout.part.step * np.arange(shape[-1])) // grid.b
         whole = np.broadcast_to(scales[..., a, :][..., b], shape)
         return lambda index: whole[index]
 
@@ -293,9 +293,9 @@ class Mxfp4Tensor:
             )
         return None
 
-    def reader(self, way: Stored, shape: tuple[int, ...]) -> Reader:
+    def reader(self, layout: TensorLayout, shape: tuple[int, ...]) -> Reader:
         """-> function from an index range of the parameter to its float32 numbers."""
-        as_stored = dataclasses.replace(way, transposed=True)
+        as_stored = dataclasses.replace(layout, transposed=True)
         blocks = oriented(self.blocks.map(), as_stored, shape)  # [..., in / 2, out]
         scales = oriented(self.scales.map(), as_stored, shape)  # [..., in / 32, out]
 
@@ -356,10 +356,10 @@ def part_names(name: str, tensors: Mapping[str, WeightTensor]) -> list[str]:
     return []
 
 
-def oriented(array: np.ndarray, way: Stored, shape: tuple[int, ...]) -> np.ndarray:
+def oriented(array: np.ndarray, layout: TensorLayout, shape: tuple[int, ...]) -> np.ndarray:
     """A stored array in the order of the parameter, its part only; nothing is copied."""
-    array = array.swapaxes(-1, -2) if way.transposed and array.ndim > 1 else array
-    part = way.part or Part(0, shape[-1])
+    array = array.swapaxes(-1, -2) if layout.transposed and array.ndim > 1 else array
+    part = layout.part or Part(0, shape[-1])
     return array[..., part.start : part.start + shape[-1] * part.step : part.step]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.convert.loading import find_way, per_expert, tensor_names
+from MaxDraft.convert.loading import find_layout, per_expert, tensor_names
 from MaxDraft.convert.target.quantization import (
     BLOCKS,
     MX_BLOCK,
@@ -25,7 +25,7 @@ from MaxDraft.convert.target.quantization import (
     WeightTensor,
     part_names,
 )
-from MaxDraft.layers.params import Param, Part, Quantized, Stored, Tree, flatten
+from MaxDraft.layers.params import Param, Part, Quantized, TensorLayout, Tree, flatten
 
 EXPERTS, VOCAB = "target_experts", "target_vocab"
 KEPT = "F8_E4M3"
@@ -49,7 +49,7 @@ def dequantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> list[str]:
         if param.dtype != jnp.uint8
         and any(
             isinstance(tensors.get(name), Fp8Tensor | Mxfp4Tensor)
-            for name in tensor_names(param, find_way(tensors, param))
+            for name in tensor_names(param, find_layout(tensors, param))
         )
     ]
 
@@ -58,11 +58,11 @@ def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None
     split = {axis for axis in param.axes[-2:] if axis is not None}
     if len(param.shape) < 2 or not split or VOCAB in split:
         return None
-    way = find_way(tensors, param)
-    names = tensor_names(param, way)
+    layout = find_layout(tensors, param)
+    names = tensor_names(param, layout)
     found = [tensors.get(name) for name in names]
     if any(
-        not isinstance(tensor, Fp8Tensor | Mxfp4Tensor) or tensor.problem(way.transposed)
+        not isinstance(tensor, Fp8Tensor | Mxfp4Tensor) or tensor.problem(layout.transposed)
         for tensor in found
     ):
         return None  # or an error, which loading tells
@@ -70,14 +70,14 @@ def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None
     by_inputs = inputs in WHOLE and outputs not in WHOLE
     tiled = "in" if by_inputs else "out"
     if all(isinstance(tensor, Mxfp4Tensor) for tensor in found):
-        return _mxfp4(param, way, tiled)
+        return _mxfp4(param, layout, tiled)
     if all(isinstance(tensor, Fp8Tensor) and tensor.values.dtype == KEPT for tensor in found):
         kinds = {
-            (tensor.grid(way.transposed), _name_end(name, tensors))
+            (tensor.grid(layout.transposed), _name_end(name, tensors))
             for name, tensor in zip(names, found, strict=True)
         }
         # Layers that are quantized differently cannot be stacked.
-        return _fp8(param, way, tiled, *kinds.pop()) if len(kinds) == 1 else None
+        return _fp8(param, layout, tiled, *kinds.pop()) if len(kinds) == 1 else None
     return None
 
 
@@ -86,9 +86,9 @@ def _name_end(name: str, tensors: Mapping[str, WeightTensor]) -> str:
     return part_names(name, tensors)[0].removeprefix(name)
 
 
-def _fp8(param: Param, way: Stored, tiled: str, grid: Grid, end: str) -> Quantized:
+def _fp8(param: Param, layout: TensorLayout, tiled: str, grid: Grid, end: str) -> Quantized:
     inputs, outputs = param.shape[-2:]
-    part = way.part or Part(0, outputs)
+    part = layout.part or Part(0, outputs)
     # Blocks that divide the parameter evenly, each inside one of the file's.
     a = math.gcd(inputs, grid.a)
     b = math.gcd(part.start, outputs, grid.b) if part.step == 1 else 1
@@ -99,26 +99,26 @@ def _fp8(param: Param, way: Stored, tiled: str, grid: Grid, end: str) -> Quantiz
         param,
         shape=(*param.shape[:-2], inputs // a, outputs // b),
         axes=(*lead, None, None),
-        tensor=way.name + end,
-        transposed=way.transposed,
+        tensor=layout.name + end,
+        transposed=layout.transposed,
         part=Part(part.start, part.total, part.step * b),
         dtype=jnp.float32,
-        otherwise=(),
+        other_layouts=(),
     )
     values = dataclasses.replace(
         param,
-        tensor=way.name,
-        transposed=way.transposed,
-        part=way.part,
+        tensor=layout.name,
+        transposed=layout.transposed,
+        part=layout.part,
         dtype=jnp.uint8,
-        otherwise=(),
+        other_layouts=(),
     )
     return Quantized(values, scale, inputs, "fp8", tiled)
 
 
-def _mxfp4(param: Param, way: Stored, tiled: str) -> Quantized | None:
+def _mxfp4(param: Param, layout: TensorLayout, tiled: str) -> Quantized | None:
     *lead, inputs, outputs = param.shape
-    if way.transposed or per_expert(way):
+    if layout.transposed or per_expert(layout):
         return None
 
     def piece(end: str, rows: int, axes: tuple[str | None, ...]) -> Param:
@@ -126,11 +126,11 @@ def _mxfp4(param: Param, way: Stored, tiled: str) -> Quantized | None:
             param,
             shape=(*lead, rows, outputs),
             axes=axes,
-            tensor=way.name + end,
+            tensor=layout.name + end,
             transposed=True,
-            part=way.part,
+            part=layout.part,
             dtype=jnp.uint8,
-            otherwise=(),
+            other_layouts=(),
         )
 
     values = piece(BLOCKS, inputs // 2, param.axes)

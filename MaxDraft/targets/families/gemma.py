@@ -7,7 +7,7 @@ by a rotary embedding of their own.
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.layers.params import Stored
+from MaxDraft.layers.params import TensorLayout
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer, TargetError
@@ -74,7 +74,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         norm_offset=1.0,
         embed_scale=field(config, "hidden_size") ** 0.5,
         logit_softcap=number(config, "final_logit_softcapping", 0.0),
-        names=(("mlp_norm", (Stored("pre_feedforward_layernorm.weight"),)),),
+        names=(("mlp_norm", (TensorLayout("pre_feedforward_layernorm.weight"),)),),
     )
 
 

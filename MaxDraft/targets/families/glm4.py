@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.layers.params import Part, Stored
+from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
 from MaxDraft.targets.fields import field, flag
@@ -25,17 +25,17 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         config,
         [layer] * field(config, "num_hidden_layers"),
         names=(
-            ("attention_post_norm", (Stored("post_self_attn_layernorm.weight"),)),
-            ("mlp_post_norm", (Stored("post_mlp_layernorm.weight"),)),
+            ("attention_post_norm", (TensorLayout("post_self_attn_layernorm.weight"),)),
+            ("mlp_post_norm", (TensorLayout("post_mlp_layernorm.weight"),)),
             *fused_mlp(layer.feed_forward.intermediate_size),
         ),
     )
 
 
-def fused_mlp(size: int) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
+def fused_mlp(size: int) -> tuple[tuple[str, tuple[TensorLayout, ...]], ...]:
     """Where gate and up of `size` outputs each lie, one after the other, in one tensor."""
     name = "mlp.gate_up_proj.weight"
     return (
-        ("mlp/gate", (Stored(name, True, Part(0, 2 * size)),)),
-        ("mlp/up", (Stored(name, True, Part(size, 2 * size)),)),
+        ("mlp/gate", (TensorLayout(name, True, Part(0, 2 * size)),)),
+        ("mlp/up", (TensorLayout(name, True, Part(size, 2 * size)),)),
     )

@@ -6,7 +6,7 @@ The files hold all experts of a layer in one tensor, gate and up in alternating 
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.layers.params import Part, Stored
+from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
 from MaxDraft.targets.fields import field, flag, require
@@ -40,12 +40,12 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         config,
         layers,
         names=(
-            ("experts/router", (Stored("mlp.router.weight", True),)),
-            ("experts/gate", (Stored(experts + "gate_up_proj", part=gate),)),
-            ("experts/up", (Stored(experts + "gate_up_proj", part=up),)),
-            ("experts/down", (Stored(experts + "down_proj"),)),
-            ("experts/gate_bias", (Stored(experts + "gate_up_proj_bias", part=gate),)),
-            ("experts/up_bias", (Stored(experts + "gate_up_proj_bias", part=up),)),
-            ("experts/down_bias", (Stored(experts + "down_proj_bias"),)),
+            ("experts/router", (TensorLayout("mlp.router.weight", True),)),
+            ("experts/gate", (TensorLayout(experts + "gate_up_proj", part=gate),)),
+            ("experts/up", (TensorLayout(experts + "gate_up_proj", part=up),)),
+            ("experts/down", (TensorLayout(experts + "down_proj"),)),
+            ("experts/gate_bias", (TensorLayout(experts + "gate_up_proj_bias", part=gate),)),
+            ("experts/up_bias", (TensorLayout(experts + "gate_up_proj_bias", part=up),)),
+            ("experts/down_bias", (TensorLayout(experts + "down_proj_bias"),)),
         ),
     )

@@ -7,7 +7,7 @@ are chosen by their logits' sigmoid, which weighs what goes into them.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from MaxDraft.layers.params import Part, Stored
+from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router, TargetError
 from MaxDraft.targets.fields import field, flag, listed, number
@@ -90,36 +90,36 @@ def _mixer(config: Mapping[str, Any], turned: bool) -> Attention:
     )
 
 
-def _names(size: int) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
+def _names(size: int) -> tuple[tuple[str, tuple[TensorLayout, ...]], ...]:
     part, experts = "feed_forward.", "feed_forward.experts."
     fused = experts + "gate_up_proj"
     one = experts + "{expert}."  # as some quantized files have them
     return (
         *(
-            (f"{path}/{name}", (Stored(f"{part}{prefix}{name}_proj.weight", True),))
+            (f"{path}/{name}", (TensorLayout(f"{part}{prefix}{name}_proj.weight", True),))
             for path, prefix in (("mlp", ""), ("experts/shared", "shared_expert."))
             for name in ("gate", "up", "down")
         ),
-        ("experts/router", (Stored(part + "router.weight", True),)),
+        ("experts/router", (TensorLayout(part + "router.weight", True),)),
         (
             "experts/gate",
             (
-                Stored(fused, part=Part(0, 2 * size)),
-                Stored(one + "gate_proj.weight", True),
+                TensorLayout(fused, part=Part(0, 2 * size)),
+                TensorLayout(one + "gate_proj.weight", True),
             ),
         ),
         (
             "experts/up",
             (
-                Stored(fused, part=Part(size, 2 * size)),
-                Stored(one + "up_proj.weight", True),
+                TensorLayout(fused, part=Part(size, 2 * size)),
+                TensorLayout(one + "up_proj.weight", True),
             ),
         ),
         (
             "experts/down",
             (
-                Stored(experts + "down_proj"),
-                Stored(one + "down_proj.weight", True),
+                TensorLayout(experts + "down_proj"),
+                TensorLayout(one + "down_proj.weight", True),
             ),
         ),
     )

@@ -6,7 +6,7 @@ MiniMax-M2: sigmoid scores with a bias for the choice only, norms over all query
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.layers.params import Stored
+from MaxDraft.layers.params import TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
 from MaxDraft.targets.fields import field, listed, require
@@ -16,11 +16,11 @@ MODEL_TYPES = ("mixtral", "minimax_m2")
 DEFAULTS = {"mixtral": {"rope_theta": 1_000_000.0}, "minimax_m2": {"rope_theta": 5_000_000.0}}
 _MOE = "block_sparse_moe."
 NAMES = (
-    ("experts/router", (Stored(_MOE + "gate.weight", True),)),
-    ("experts/score_bias", (Stored(_MOE + "e_score_correction_bias"),)),
-    ("experts/gate", (Stored(_MOE + "experts.{expert}.w1.weight", True),)),
-    ("experts/up", (Stored(_MOE + "experts.{expert}.w3.weight", True),)),
-    ("experts/down", (Stored(_MOE + "experts.{expert}.w2.weight", True),)),
+    ("experts/router", (TensorLayout(_MOE + "gate.weight", True),)),
+    ("experts/score_bias", (TensorLayout(_MOE + "e_score_correction_bias"),)),
+    ("experts/gate", (TensorLayout(_MOE + "experts.{expert}.w1.weight", True),)),
+    ("experts/up", (TensorLayout(_MOE + "experts.{expert}.w3.weight", True),)),
+    ("experts/down", (TensorLayout(_MOE + "experts.{expert}.w2.weight", True),)),
 )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.layers.params import Part, Stored
+from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer, TargetError
 from MaxDraft.targets.families.glm4 import fused_mlp
@@ -30,7 +30,11 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
             *(
                 (
                     name,
-                    (Stored("self_attn.qkv_proj.weight", True, Part(start, q_size + 2 * kv_size)),),
+                    (
+                        TensorLayout(
+                            "self_attn.qkv_proj.weight", True, Part(start, q_size + 2 * kv_size)
+                        ),
+                    ),
                 )
                 for name, start in starts.items()
             ),

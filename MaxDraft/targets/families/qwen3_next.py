@@ -7,7 +7,7 @@ also has dense models).
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.layers.params import Part, Stored
+from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, DeltaNet, Layer, TargetError
 from MaxDraft.targets.families import qwen_moe
@@ -63,7 +63,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     )
 
 
-def _names(config: Mapping[str, Any]) -> tuple[tuple[str, tuple[Stored, ...]], ...]:
+def _names(config: Mapping[str, Any]) -> tuple[tuple[str, tuple[TensorLayout, ...]], ...]:
     """Qwen3.5's files hold all experts of a layer in one tensor."""
     if config["model_type"] != "qwen3_5_moe_text":
         return ()
@@ -72,14 +72,23 @@ def _names(config: Mapping[str, Any]) -> tuple[tuple[str, tuple[Stored, ...]], .
     return (
         (
             "experts/gate",
-            (Stored(fused, True, Part(0, 2 * size)), Stored(one + "gate_proj.weight", True)),
+            (
+                TensorLayout(fused, True, Part(0, 2 * size)),
+                TensorLayout(one + "gate_proj.weight", True),
+            ),
         ),
         (
             "experts/up",
-            (Stored(fused, True, Part(size, 2 * size)), Stored(one + "up_proj.weight", True)),
+            (
+                TensorLayout(fused, True, Part(size, 2 * size)),
+                TensorLayout(one + "up_proj.weight", True),
+            ),
         ),
         (
             "experts/down",
-            (Stored("mlp.experts.down_proj", True), Stored(one + "down_proj.weight", True)),
+            (
+                TensorLayout("mlp.experts.down_proj", True),
+                TensorLayout(one + "down_proj.weight", True),
+            ),
         ),
     )

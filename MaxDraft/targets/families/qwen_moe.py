@@ -6,7 +6,7 @@ Qwen2-MoE adds an expert that every token takes, weighed by its own gate, and bi
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from MaxDraft.layers.params import Stored
+from MaxDraft.layers.params import TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Mlp, Router, TargetError
 from MaxDraft.targets.fields import field, flag
@@ -15,7 +15,7 @@ MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 # What a file leaves out, as the reference code has it.
 DEFAULTS = {name: {"rope_theta": 10_000.0} for name in MODEL_TYPES}
 SHARED = tuple(
-    (f"experts/shared/{part}", (Stored(f"mlp.shared_expert.{part}_proj.weight", True),))
+    (f"experts/shared/{part}", (TensorLayout(f"mlp.shared_expert.{part}_proj.weight", True),))
     for part in ("gate", "up", "down")
 )
 
