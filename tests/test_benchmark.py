@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from MaxDraft import benchmark, pyconfig, train_step
 from MaxDraft.cost import attention_pairs, compiled_flops
 from MaxDraft.input_pipeline.synthetic import conversations
+from MaxDraft.layers.loops import counted_loop
 from MaxDraft.pyconfig import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,11 +57,10 @@ def test_compiled_products_count_as_often_as_they_run():
 
     assert compiled(branches, x) == 2 * one
 
-    def said(x, n):
-        with jax.named_scope("runs_3_times"):
-            return jax.lax.fori_loop(0, n, lambda _, y: y @ x, x)
+    def counted(x, n):
+        return counted_loop("products", 0, n, lambda _, y: y @ x, x, 3)
 
-    assert compiled(said, x, 5) == 3 * one
+    assert compiled(counted, x, 5) == 3 * one
     with pytest.raises(ValueError, match="loop"):
         compiled(lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: y @ x, x), x, 5)
 

@@ -148,25 +148,6 @@ def test_products_that_run_who_knows_how_often_are_an_error():
     assert on_cpu(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x), 1) == 0
 
 
-def test_a_loop_counts_as_often_as_the_scope_right_around_it_says():
-    def function(x, n):
-        with jax.named_scope("runs_2.5_times"):
-            return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
-
-    def unknown(x, n):
-        with jax.named_scope("runs_2.5_times"):
-            return jax.lax.fori_loop(0, n, lambda i, x: function(x, i), x)
-
-    def within(x, n):
-        with jax.named_scope("runs_2.5_times"), jax.named_scope("unsaid"):
-            return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
-
-    assert on_cpu(function, jnp.ones((3, 3)), 4) == 2.5 * 2 * 27
-    assert on_cpu(unknown, jnp.ones((3, 3)), 4) == round(2.5 * round(2.5 * 2 * 27))
-    with pytest.raises(ValueError, match="while"):
-        on_cpu(within, jnp.ones((3, 3)), 4)
-
-
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "llama4_scout"])
 def test_the_targets_model_flops_are_those_of_its_traced_program(family):
     # Counted by hand, attention is the causal half; the program has one block, the whole row.

@@ -24,6 +24,7 @@ from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.drafts.eagle3.rollout import Tokens, first_step, rollout
 from MaxDraft.drafts.losses import Judge, RowResults, Teacher, judged
 from MaxDraft.layers.attention_keys import Keys
+from MaxDraft.layers.loops import counted_loop
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.layers.params import Tree
 
@@ -208,10 +209,10 @@ class Blocks:
         most, K, share = len(self.sequence), self.how.ttt_length, self.how.later_share
 
         def loop(start, stop, usual, steps, carry):
-            with jax.named_scope(f"runs_{usual:.2f}_times"):
-                return jax.lax.fori_loop(
-                    start, stop, lambda j, carry: body(self.sequence[j], steps, carry), carry
-                )
+            def of_sequence(j, carry):
+                return body(self.sequence[j], steps, carry)
+
+            return counted_loop("rollout_blocks", start, stop, of_sequence, carry, usual)
 
         carry = loop(0, self.whole, share * most, K, carry)
         if share < 1:

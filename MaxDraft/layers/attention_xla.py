@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft.layers.attention_keys import MASKED, NOTHING, Keys, Scoring, pad, usual_blocks
+from MaxDraft.layers.loops import counted_loop
 from MaxDraft.layers.norms import soft_cap
 
 
@@ -38,8 +39,7 @@ class _Walk:
         some = self.last >= self.first
         start = jnp.min(jnp.where(some, self.first, length)) // size
         stop = jnp.max(jnp.where(some, self.last, -1)) // size + 1
-        with jax.named_scope(f"runs_{usual:g}_times"):
-            return jax.lax.fori_loop(start, stop, body, carry)
+        return counted_loop("attention_key_blocks", start, stop, body, carry, usual)
 
     def block(self, x: jax.Array, j: jax.Array) -> jax.Array:
         """Keys of block j, [B, M, c, ...] of [B, M, T', ...]."""

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft.layers.experts import mixture
+from MaxDraft.layers.loops import counted_loop
 from MaxDraft.layers.mlp import gated_mlp
 from MaxDraft.layers.norms import rms_norm, soft_cap
 from MaxDraft.layers.params import Tree
@@ -187,9 +188,8 @@ def full_vocabulary(
         )
 
     nothing = jnp.zeros(places.shape, jnp.int32), jnp.zeros(places.shape, jnp.float32)
-    with jax.named_scope(f"runs_{blocks}_times"):
-        used = -(-wanted.sum(1).max() // block)
-        found = jax.lax.fori_loop(0, used, of_block, nothing)
+    used = -(-wanted.sum(1).max() // block)
+    found = counted_loop("vocabulary_blocks", 0, used, of_block, nothing, expected_trips=blocks)
     back = jnp.argsort(order, axis=1)
     best, log_norm = (jnp.take_along_axis(x[:, :length], back, axis=1) for x in found)
     return jnp.where(wanted, best, 0), jnp.where(wanted, log_norm, 0.0)

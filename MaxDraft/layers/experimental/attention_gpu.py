@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from MaxDraft.layers.attention_keys import MASKED, NOTHING, Keys, Scoring, pad, usual_blocks
+from MaxDraft.layers.loops import counted_loop, trip_count_scope
 
 _LEAST = 16  # what the GPU's matrix units take
 _TILE_BYTES = 32 * 1024  # of a block of rows or keys: several must fit into shared memory
@@ -144,8 +146,8 @@ def backward(
         def add():
             group, carry = walk.group, (k_was[...], v_was[...])
             body = functools.partial(add_rows, k[...], v[...])
-            with jax.named_scope(f"runs_{walk.usual_rows:g}_times"):
-                sums = jax.lax.fori_loop(start * group, stop * group, body, carry)
+            bounds = start * group, stop * group
+            sums = counted_loop("attention_query_blocks", *bounds, body, carry, walk.usual_rows)
             d_k[...], d_v[...] = sums
 
     B, M, length = walk.k.shape[:3]
@@ -245,8 +247,8 @@ class _Walk:
 
     def over_keys(self, first, last, body, carry):
         """carry = body(j, carry) for every block j of keys that some row sees; in a kernel."""
-        with jax.named_scope(f"runs_{self.usual:g}_times"):
-            return jax.lax.fori_loop(*self.bounds(first, last), body, carry)
+        bounds = self.bounds(first, last)
+        return counted_loop("attention_key_blocks", *bounds, body, carry, self.usual)
 
     def rows_of_keys(self) -> tuple[jax.Array, jax.Array]:
         """int32 [B, T' / c] each: the blocks of rows that a block of keys is seen by."""
@@ -299,7 +301,7 @@ class _Walk:
         return self.call(kernel, grid=grid, **given)
 
     def call(self, kernel, *, grid, inputs, outputs, aliases=None) -> list[jax.Array]:
-        with jax.named_scope(f"runs_{grid[0] * grid[1] * grid[2]}_times"):
+        with trip_count_scope("attention_kernel_blocks", math.prod(grid)):
             return pl.pallas_call(
                 kernel,
                 grid=grid,

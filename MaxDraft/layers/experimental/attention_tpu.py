@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from MaxDraft.layers.attention_keys import MASKED, NOTHING, Keys, Scoring, pad, usual_blocks
+from MaxDraft.layers.loops import trip_count_scope
 
 _LANES, _SUBLANES = 128, 8  # of a register: a number a row takes that many places side by side
 _MOST_ROWS = 1024  # in a block: scores [rows, keys] and what is made of them must fit into VMEM
@@ -322,7 +323,7 @@ class _Walk:
         self, kernel, *, grid, times: float, scalars, inputs, outputs, scratch, aliases=None
     ) -> list[jax.Array]:
         """times: how often the kernel computes where rows of documents are as long as can be."""
-        with jax.named_scope(f"runs_{times:.1f}_times"):
+        with trip_count_scope("attention_kernel_blocks", times):
             return pl.pallas_call(
                 kernel,
                 out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
