@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from MaxDraft import pyconfig, sharding
+from MaxDraft import pyconfig, sharding, storage
 from MaxDraft.decoding.generate import TargetModel
 from MaxDraft.decoding.measure import DecodeSettings, measure
 from MaxDraft.decoding.speculative import DraftModel
@@ -60,7 +60,7 @@ def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any
     }
     if jax.process_index() == 0:
         path = config.run_directory / FILE
-        wiring.write_json(path, result)
+        storage.write_json(path, result)
         say(f"{table(result)}\nwritten to {path}")
     return result
 

@@ -8,7 +8,6 @@ ones, pads left out, and FLOPs are the model's own (flops.py), for those tokens.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from MaxDraft import storage
 from MaxDraft.drafts import metrics
 
 
@@ -144,9 +144,7 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    storage.write_text(path, "".join(kept))
 
 
 def _by_step(name: str, values: list[float]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from MaxDraft import config_checks, config_yaml
+from MaxDraft import config_checks, config_yaml, storage
 from MaxDraft.config_yaml import ConfigError, nearest, stop_on
 
 __all__ = ["SAVED_NAME", "Config", "ConfigError", "differences", "initialize", "read_saved"]
@@ -119,14 +119,7 @@ class Config:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes `to_yaml()` to `path` whole or not at all, making its folder where needed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(self.to_yaml())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        storage.write_text(path, self.to_yaml())
 
 
 def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = True) -> Config:

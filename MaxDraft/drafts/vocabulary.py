@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from MaxDraft import storage
 from MaxDraft.errors import UserError
 
 
@@ -84,17 +83,7 @@ class DraftVocabulary:
             "target_vocab_size": self.target_vocab_size,
             "draft_to_target": self.draft_to_target.tolist(),
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        storage.write_text(path, json.dumps(content))
 
     @classmethod
     def load(cls, path: Path) -> DraftVocabulary:

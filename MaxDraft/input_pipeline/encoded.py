@@ -21,16 +21,14 @@ import functools
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from MaxDraft import storage
 from MaxDraft.input_pipeline.chat_template import ChatEncoder, EncodedConversation
 from MaxDraft.input_pipeline.conversations import (
     Conversation,
@@ -45,7 +43,6 @@ TRUNCATION_POLICIES = ("truncate", "drop")
 TOO_LONG = "longer than max_target_length, and truncation_policy=drop"
 CUT_AWAY = "no assistant token among the first max_target_length"
 PROGRESS = 15.0  # seconds between lines while encoding
-ABANDONED = 3600.0  # seconds since a folder that is being written was last written to
 CHUNK = 256  # conversations tokenized at a time
 MOST_TURNS = np.iinfo(np.uint16).max
 COLUMNS = {
@@ -108,15 +105,16 @@ def encode_files(
         return found
     log(f"data: encoding {sum(len(g.paths) for g in groups)} files into {folder}")
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(cache_dir)
-        partial = cache_dir / f".{folder.name}-{uuid.uuid4().hex}"
-        partial.mkdir()
-        try:
-            _write(partial, groups, encoder, max_target_length, truncation_policy, log)
-            _publish(partial, folder, groups)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        storage.remove_abandoned(cache_dir)
+        with storage.fresh_folder(folder) as fresh:
+            _write(fresh, groups, encoder, max_target_length, truncation_policy, log)
+            storage.flush_folder(fresh)
+            try:
+                fresh.rename(folder)
+            except OSError:
+                # Another process was faster, or what has the name was damaged after it was written.
+                if _open(folder, groups) is None:
+                    storage.replace_folder(fresh, folder)
     except OSError as error:
         raise DataError(
             f"the encoded data cannot be written to {cache_dir}: {error.strerror or error}"
@@ -176,7 +174,6 @@ def _write(
     }
     with (folder / "report.json").open("w", encoding="utf-8") as file:
         json.dump(about, file, indent=2)
-        _to_disk(file)
 
 
 def _encoded(
@@ -219,41 +216,12 @@ class _Column:
     def finish(self) -> None:
         self._file.seek(0)
         self._write_header()
-        _to_disk(self._file)
 
     def _write_header(self) -> None:
         # numpy leaves room in the header for the first dimension to grow to 21 digits.
         descr = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """What killed runs left behind; a folder that another process still writes to stays."""
-    for partial in cache_dir.glob(".*-*"):
-        try:
-            newest = max(path.stat().st_mtime for path in (partial, *partial.glob("*.npy")))
-        except OSError:
-            continue  # it was renamed meanwhile
-        if time.time() - newest > ABANDONED:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, folder: Path, groups: Sequence[FileSet]) -> None:
-    """Gives the complete folder its name; another process may have been faster."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if _open(folder, groups) is not None:
-            return
-        # Something unusable has that name, damaged after it was written.
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
 
 
 def _open(folder: Path, groups: Sequence[FileSet]) -> Encoded | None:

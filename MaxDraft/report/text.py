@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from MaxDraft import pyconfig
+from MaxDraft import pyconfig, storage
 from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.convert.target.checkpoint import target_memory
 from MaxDraft.convert.target.quantization import check_quantization
@@ -23,7 +23,6 @@ from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers import params as parameters
 from MaxDraft.metric_logger import say
-from MaxDraft.run import training_run as wiring
 from MaxDraft.run.target import target_table
 from MaxDraft.run.training_run import Run
 from MaxDraft.targets.table import decoder_params
@@ -61,7 +60,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
     if jax.process_index() == 0:
         config.write(config.run_directory / pyconfig.SAVED_NAME)
         vocabulary.save(config.run_directory / "draft_vocabulary.json")
-        wiring.write_json(config.run_directory / "data.json", summary.as_dict())
+        storage.write_json(config.run_directory / "data.json", summary.as_dict())
 
 
 def _target_memory(run: Run) -> str:
@@ -119,4 +118,4 @@ def finish(run: Run, result: dict[str, Any], export: Path) -> None:
     text = "\n".join(lines)
     say(f"\n{text}")
     if jax.process_index() == 0:
-        wiring.write_atomically(config.run_directory / "report.txt", text + "\n")
+        storage.write_text(config.run_directory / "report.txt", text + "\n")

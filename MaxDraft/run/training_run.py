@@ -7,13 +7,10 @@ load_frozen target weights and draft vocabulary onto the devices
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import absl.logging
 import jax
@@ -21,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from MaxDraft import pyconfig, sharding
+from MaxDraft import pyconfig, sharding, storage
 from MaxDraft.checkpointing import Checkpoints, ResumeError, may_change
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.safetensors_files import read_json
@@ -183,8 +180,8 @@ def make_run_directory(config: Config) -> None:
     folder = config.run_directory
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".writable", "")
-        (folder / ".writable").unlink(missing_ok=True)
+        storage.write_text(folder / ".writable", "")
+        storage.remove(folder / ".writable")
         config.export_directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResumeError(
@@ -209,18 +206,11 @@ def lock_run_directory(config: Config) -> None:
     """ResumeError where another process trains this run; held until this process ends."""
     if jax.process_index() > 0:
         return  # the processes of one run share its folder
-    lock = (config.run_directory / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not storage.lock_until_exit(config.run_directory / ".lock"):
         raise ResumeError(
             f"{config.run_directory} is being trained by another process; wait for it, stop it, or "
             f"give another run_name"
-        ) from error
-    _held_locks.append(lock)
-
-
-_held_locks: list[Any] = []
+        )
 
 
 def initial_head(run: Run) -> tuple[DraftVocabulary, Tree | None]:
@@ -272,15 +262,3 @@ def any_process(asked: bool) -> bool:
     if jax.process_count() == 1:
         return asked
     return bool(multihost_utils.process_allgather(np.array([asked])).any())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")

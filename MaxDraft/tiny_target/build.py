@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from MaxDraft import storage
 from MaxDraft.errors import UserError
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
@@ -36,8 +35,6 @@ from MaxDraft.tiny_target import corpus, tokenizer, train_target
 from MaxDraft.tiny_target.train_target import Training
 
 Log = Callable[[str], None]
-UNFINISHED = ".making-"  # prefix of the folders that are being written
-ABANDONED_AFTER = 3600  # seconds; nothing is written for so long
 
 
 class TinyTargetError(UserError):
@@ -80,18 +77,13 @@ def ensure_tiny_target(folder: Path, log: Log, recipe: Recipe | None = None) -> 
     if finished.is_dir():
         return made
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        unfinished = folder / f"{UNFINISHED}{finished.name}-{os.getpid()}"
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier process with this number
-        unfinished.mkdir()
+        storage.remove_abandoned(folder)
+        with storage.fresh_folder(finished) as fresh:
+            _make(fresh, recipe, log)
+            storage.flush_folder(fresh)
+            _publish(fresh, finished)
     except OSError as error:
         raise TinyTargetError(f"the tiny target cannot be written to {folder}: {error}") from error
-    try:
-        _make(unfinished, recipe, log)
-        _publish(unfinished, finished)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     log(f"tiny target: finished, kept in {finished}")
     return made
 
@@ -191,16 +183,9 @@ def _key(recipe: Recipe) -> str:
     return f"tiny-{digest.hexdigest()[:12]}"
 
 
-def _publish(unfinished: Path, finished: Path) -> None:
+def _publish(fresh: Path, finished: Path) -> None:
     try:
-        unfinished.rename(finished)
-    except OSError as error:
+        fresh.rename(finished)
+    except OSError:
         if not finished.is_dir():  # else another process was faster, with the same content
-            raise TinyTargetError(f"cannot rename {unfinished} to {finished}: {error}") from error
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left; a living one writes its files within the time."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(path, ignore_errors=True)
+            raise

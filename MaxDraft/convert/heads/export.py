@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from MaxDraft import storage
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
 from MaxDraft.drafts.eagle3.head import HeadDims, head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary
@@ -149,7 +147,7 @@ def export_head(
     but an export is never replaced.
     """
     folder = Path(folder).resolve()
-    _may_be_replaced(folder)
+    may_be_replaced(folder)
     for field, ours in (("vocab_size", dims.target_vocab_size), ("hidden_size", dims.hidden_size)):
         if target_config.get(field) != ours:
             raise CheckpointError(
@@ -158,20 +156,14 @@ def export_head(
             )
     tensors = head_tensors(params, dims, vocabulary)
     config = head_config(dims, target_config, capture, target_name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fresh.chmod(0o755)  # mkdtemp makes it private, and a server may run as another user
+    storage.remove_abandoned(folder.parent)
+    with storage.fresh_folder(folder) as fresh:
         save_file(tensors, fresh / SINGLE, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, allow_nan=False) + "\n"
         (fresh / "config.json").write_text(text, encoding="utf-8")
-        for path in (fresh / SINGLE, fresh / "config.json", fresh):
-            _flush(path)
         if check is not None:
             check(fresh)
-        _swap(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        storage.replace_folder(fresh, folder)
     return folder
 
 
@@ -183,7 +175,8 @@ def _on_host(value: Any, name: str) -> np.ndarray:
     return np.asarray(value, dtype=np.float32)
 
 
-def _may_be_replaced(folder: Path) -> None:
+def may_be_replaced(folder: Path) -> None:
+    """CheckpointError where something stands in `folder` that no export wrote."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -203,25 +196,3 @@ def _is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and ARCHITECTURE in (config.get("architectures") or ())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _swap(fresh: Path, folder: Path) -> None:
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    old = fresh.with_name(fresh.name + "-old")
-    folder.rename(old)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
