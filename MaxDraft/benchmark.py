@@ -2,7 +2,7 @@
 
     python3 MaxDraft/benchmark.py configs/base.yml model_name=llama3.1-8b per_device_batch_size=2
     python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compile_only
-    python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compare "remat_policy=full"
+    python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b --compare ttt_length=5
     JAX_PLATFORMS=cpu python3 MaxDraft/benchmark.py configs/base.yml model_name=qwen3-8b \
         --topology v5e:2x4
 
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import shlex
@@ -265,7 +264,6 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         config.ttt_length,
         float((lengths**2).sum() / lengths.sum()),  # a token's document, on average
         float(judged.sum() / real.sum()),
-        config.later_step_share,
     )
     parts = {name: float(value * real.sum()) for name, value in per_token.items()}
     platform = mesh.devices.flat[0].platform
@@ -361,22 +359,21 @@ class Running:
         said = self.setting.said
         R = min(config.rollout_block_size, said["computed_rows"] // self.setting.mesh.size)
         blocks = said["computed_rows"] // self.setting.mesh.size // R
-        whole = round(config.later_step_share * blocks)
         dtype = jnp.dtype(config.dtype)
 
         def run(hidden, weight, teacher):
             teacher_head = weight.astype(dtype)
 
-            def of_block(i, carry, steps):
+            def of_block(i, carry):
                 hidden, d_weight = carry
 
                 def loss(hidden):
                     logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
                     log_norm = jax.nn.logsumexp(logits, -1) + 1
                     judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
-                    weights = jnp.full((steps, R), 1.0 / R)
+                    weights = jnp.full((K, R), 1.0 / R)
                     total, _, new = losses.judged(
-                        hidden[:steps], weight, d_weight, judge, weights, config.loss
+                        hidden, weight, d_weight, judge, weights, config.loss
                     )
                     return total, new
 
@@ -384,10 +381,7 @@ class Running:
                 return hidden + 1e-3 * d_hidden, d_weight
 
             carry = hidden, jnp.zeros_like(weight)
-            for start, stop, steps in ((0, whole, K), (whole, blocks, 1)):
-                of_steps = functools.partial(of_block, steps=steps)
-                carry = jax.lax.fori_loop(start, stop, of_steps, carry)
-            return carry
+            return jax.lax.fori_loop(0, blocks, of_block, carry)
 
         keys = jax.random.split(jax.random.key(0), 3)
         hidden = jax.random.normal(keys[0], (K, R, H), dtype)

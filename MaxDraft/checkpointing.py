@@ -31,7 +31,6 @@ MAY_CHANGE = {
     "attention_kernel",
     "vocab_block_size",
     "rollout_block_size",
-    "remat_policy",
     "base_output_directory",
     "run_name",
     "target_path",  # where target and data lie; what they hold is in the checkpoint's identity

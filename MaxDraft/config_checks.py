@@ -20,7 +20,6 @@ CHOICES = {
     "target_quantization": ("dequantize", "keep_quantized"),
     "matmul_precision": ("default", "high", "highest"),
     "loss": ("kl", "lk_hybrid", "lk_alpha"),
-    "remat_policy": ("none", "dots", "full"),
     "optimizer": ("adamw", "muon"),
     "learning_rate_schedule": ("cosine", "wsd"),
     "attention_kernel": ("xla", "pallas"),
@@ -57,7 +56,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "eval_fraction warmup_steps_fraction decay_steps_fraction adam_b1 adam_b2 muon_beta",
     ),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "max_skipped_fraction"),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, "ttt_loss_decay later_step_share"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "ttt_loss_decay"),
 )
 
 # The one model that makes its own target and data.

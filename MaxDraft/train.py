@@ -95,7 +95,6 @@ def train(
                 config.ttt_length,
                 config.max_target_length,
                 run.data.judged_share,
-                config.later_step_share,
             ).values()
         ),
         num_devices=run.mesh.size,

@@ -149,12 +149,9 @@ def make_programs(
         loss=config.loss,
         row_block=config.rollout_block_size,
         attention_block=config.attention_block_size,
-        remat=config.remat_policy,
         attention_kernel=kernel,
         softcap=target_dims.logit_softcap,
-        later_share=config.later_step_share,
     )
-    every_row = dataclasses.replace(how, later_share=1.0)
     split_batch = sharding.named_sharding(mesh, rules, (None, "draft_batch", None)).spec
 
     def observe(frozen: Frozen, batch: Batch) -> Seen:
@@ -188,10 +185,10 @@ def make_programs(
             batch["turn_ids"], batch["segment_ids"], config.ttt_length, config.loss_alignment
         )
 
-    def on_this_device(batch: Batch, seen: Seen, frozen: DraftFrozen, how: PassDims, step=None):
+    def on_this_device(batch: Batch, seen: Seen, frozen: DraftFrozen):
         """-> tokens, judgement, aligned and counted rows of all micro-batches.
 
-        [A, b, T] laid end to end. step: seeds the draw of the rows that run later steps.
+        [A, b, T] laid end to end.
         """
         batch, seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, seen))
         tokens = Tokens.of(seen.embeddings, seen.features, batch["positions"], batch["segment_ids"])
@@ -200,20 +197,12 @@ def make_programs(
             seen.teacher.best, frozen.target_to_draft >= 0, config.ttt_length
         )
         aligned, counted = (x.reshape(len(x), -1) for x in (aligned, counted))
-        key = None
-        if step is not None:
-            key = jax.random.fold_in(jax.random.key(config.data_shuffle_seed), step)
-            key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
-        blocks = Blocks.of(aligned, how, key)
+        blocks = Blocks.of(aligned, how.row_block)
         if config.loss_denominator == "specforge":
             denominators = jnp.full(config.ttt_length, counted.shape[1], jnp.float32)
         else:
             denominators = counted.sum(1).astype(jnp.float32)
         denominators = jax.lax.psum(denominators, mesh.axis_names)
-        aligned = blocks.run(aligned)
-        counted &= aligned
-        # Rows that run later steps for others count for them: the mean of all draws is the loss.
-        denominators = denominators.at[1:].multiply(how.later_share)
         weights = losses.row_weights(counted, denominators, config.ttt_loss_decay)
         teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
         judgement = Judgement(teacher, frozen.teacher_head, frozen.target_to_draft, blocks, weights)
@@ -235,10 +224,8 @@ def make_programs(
         )
         return lambda batch, seen, *rest: mapped(batch, seen, rest)
 
-    def gradients_on_this_device(
-        batch: Batch, seen: Seen, params: Tree, step: jax.Array, frozen: DraftFrozen
-    ):
-        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen, how, step)
+    def gradients_on_this_device(batch: Batch, seen: Seen, params: Tree, frozen: DraftFrozen):
+        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen)
         loss, gradient, results = loss_and_gradient(params, head_dims, tokens, judgement, how)
         gradient = jax.tree.map(
             lambda g, place: sharding.scatter_sum(g, mesh, place.spec), gradient, placement
@@ -247,8 +234,8 @@ def make_programs(
         return gradient, *jax.lax.psum((loss, sums), mesh.axis_names)
 
     def judged_on_this_device(batch: Batch, seen: Seen, params: Tree, frozen: DraftFrozen):
-        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen, every_row)
-        results = judge_rows(params, head_dims, tokens, judgement, every_row)
+        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen)
+        results = judge_rows(params, head_dims, tokens, judgement, how)
         return jax.lax.psum(metrics.sums(results, aligned, counted), mesh.axis_names)
 
     def for_the_draft(frozen: Frozen) -> DraftFrozen:
@@ -265,7 +252,7 @@ def make_programs(
         places = jax.tree.map(lambda place: place.spec, placement)
         return everywhere_at_once(
             gradients_on_this_device, (places, PartitionSpec(), PartitionSpec())
-        )(batch, seen, state.params, state.step, for_the_draft(frozen))
+        )(batch, seen, state.params, for_the_draft(frozen))
 
     def update(state: TrainState, gradient: Tree, loss: jax.Array):
         """-> new state, and what the step says of it."""

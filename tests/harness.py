@@ -91,7 +91,7 @@ class Outcome:
 
 @functools.lru_cache
 def _compiled(dims, how, vocab_block, decay, gradients, every_row):
-    def outcome(params, target, batch, draft_ids, inside, aligned, denominators, key, only):
+    def outcome(params, target, batch, draft_ids, inside, aligned, denominators):
         positions = alignments.teacher_positions(aligned)
         teacher = Teacher(
             batch["final"],
@@ -99,8 +99,7 @@ def _compiled(dims, how, vocab_block, decay, gradients, every_row):
                 target, models.tiny_dims(), batch["final"], positions, vocab_block
             ),
         )
-        blocks = Blocks.of(aligned.reshape(len(aligned), -1) | every_row, how, key)
-        aligned = only & blocks.run(aligned.reshape(len(aligned), -1)).reshape(aligned.shape)
+        blocks = Blocks.of(aligned.reshape(len(aligned), -1) | every_row, how.row_block)
         counted = aligned & losses.teacher_in_vocabulary(teacher.best, inside, how.ttt_length)
         counts = counted.sum((1, 2)).astype(jnp.float32)
         denominators = jnp.where(denominators > 0, denominators, counts)
@@ -142,20 +141,15 @@ def run(
     vocab_block=7,
     row_block=11,
     loss="kl",
-    remat="none",
     decay=0.8,
     counts=None,
     gradients=True,
     every_row=False,
-    later_share=1.0,
-    seed=0,
-    only=True,
 ):
     """Rollout, judgement, total and gradients of a problem, in float32.
 
     counts: the denominators [K], where they are taken over more than this batch.
     gradients: False compiles faster. every_row: rolls out those too that nobody judges.
-    later_share, seed: of the blocks that run later steps. only: bool [K, B, T], rows to judge.
     """
     dims, batch = head_dims(problem), problem.batch
     table = head_params(dims)
@@ -178,7 +172,7 @@ def run(
     }
     if counts is None:
         counts = np.zeros(steps) if denominator == "counted" else np.full(steps, turns.size)
-    how = PassDims(steps, loss, row_block, attention_block, remat, later_share=later_share)
+    how = PassDims(steps, loss, row_block, attention_block)
     compiled = _compiled(dims, how, vocab_block, decay, gradients, every_row)
     total, gradient, rows, aligned, counted, sums = compiled(
         params,
@@ -188,8 +182,6 @@ def run(
         jnp.asarray(inside),
         aligned,
         jnp.asarray(counts, jnp.float32),
-        jax.random.key(seed),
-        jnp.broadcast_to(only, aligned.shape),
     )
     sums = {name: np.asarray(value) for name, value in sums.items()}
     return Outcome(

@@ -86,23 +86,17 @@ def opened(*changes, tokens="all"):
 @needs_eight
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kernel", "products", "block", "share"),
-    [
-        ("xla", 7, 16, 1.0),
-        ("xla", 7, 16, 0.5),
-        ("tpu_interpreted", 9, 32, 1.0),
-        ("gpu_interpreted", 9, 32, 1.0),
-    ],
+    ("kernel", "products", "block"),
+    [("xla", 7, 16), ("tpu_interpreted", 9, 32), ("gpu_interpreted", 9, 32)],
 )
 def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
-    kernel, products, block, share, monkeypatch
+    kernel, products, block, monkeypatch
 ):
     monkeypatch.setattr(train_step, "attention_kernel", lambda *_: kernel)
     said = opened(
         "ici_fsdp_parallelism=2",
         "ici_tensor_parallelism=4",
         f"rollout_block_size={block}",
-        f"later_step_share={share}",
         f"attention_kernel={'xla' if kernel == 'xla' else 'pallas'}",
     )
     assert ("target_pairs" in said) == (kernel == "xla")  # of blocks that only XLA's walk has
@@ -115,7 +109,7 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
     wide = 2 if kernel == "gpu_interpreted" else 1
     parts["target attention"] *= 2 * wide
     parts["draft attention"] *= 2 * wide * products / 6
-    parts["teachers"] = 2 * H * D * said["computed_rows"] * (block + share * (K - 1)) / block
+    parts["teachers"] = 2 * H * D * said["computed_rows"] * (block + K - 1) / block
     rounding = said["computed_rows"] / said["judged_rows"]
     for name in ("draft layer", "draft attention", "draft LM head", "target LM head"):
         parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row

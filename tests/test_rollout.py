@@ -3,13 +3,9 @@
 import dataclasses
 
 import harness
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-
-from MaxDraft.drafts.training_pass import Blocks, PassDims
 
 TOLERANCE = 1e-4  # max |a-b| / max |b|, float32 at highest precision against float64
 
@@ -124,46 +120,6 @@ def test_rolling_out_the_rows_that_nobody_judges_as_well_changes_nothing(alignme
     share = gathered.aligned.any(0).mean()
     assert 0.2 < share < 0.9  # of the rows are rolled out
     assert_same(harness.run(problem(), 3, alignment, every_row=True), gathered)
-
-
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_what_the_backward_pass_computes_again_is_the_same(remat):
-    assert_same(harness.run(problem(), 3, remat=remat), harness.run(problem(), 3))
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_share_of_the_blocks_runs_later_steps_and_the_loss_is_that_of_its_rows(share):
-    size, masks = 4, []
-    whole = harness.run(problem(), 3, gradients=False)
-    order = np.flatnonzero(whole.aligned.any(0))
-    for seed in range(6):
-        ours = harness.run(problem(), 3, row_block=size, later_share=share, seed=seed)
-        np.testing.assert_array_equal(ours.aligned[0], whole.aligned[0])
-        later = ours.aligned[1:].any(0).ravel()
-        blocks = [order[i : i + size] for i in range(0, len(order), size)]
-        taken = [b for b in blocks if later[b].any()]
-        can = [b for b in blocks if whole.aligned[1:].any(0).ravel()[b].any()]
-        assert len(can) == len(blocks) == 10
-        assert len(taken) in (np.floor(share * len(blocks)), np.ceil(share * len(blocks)))
-        only = np.zeros(later.size, bool)
-        only[[row for block in taken for row in block]] = True
-        only = only.reshape(whole.aligned[0].shape)
-        np.testing.assert_array_equal(ours.aligned[1:], whole.aligned[1:] & only)
-        only_these = np.stack([only | True, only, only])
-        assert_same(ours, harness.run(problem(), 3, row_block=size, only=only_these))
-        masks.append(only)
-    assert len(np.unique(masks, axis=0)) > 1, "every seed draws the same rows"
-
-
-def test_the_share_is_right_on_average_and_no_block_is_preferred():
-    how = PassDims(3, "kl", row_block=4, attention_block=8, later_share=0.25)
-    aligned = jnp.ones((3, 50), bool).at[:, 40:].set(False)  # ten blocks have rows, three have none
-    draws = jax.vmap(lambda key: Blocks.of(aligned, how, key).run(aligned)[1])
-    drawn = np.asarray(draws(jax.random.split(jax.random.key(0), 1000)))[:, :40:4]
-    assert set(drawn.sum(1)) == {2, 3}  # of 2.5
-    # A mean of 1000 draws lies within four of its deviations.
-    assert abs(drawn.mean() - 0.25) < 4 * 0.05 / 1000**0.5
-    assert (abs(drawn.mean(0) - 0.25) < 4 * 0.433 / 1000**0.5).all()
 
 
 def packed_elsewhere(given, placement, length=23):

@@ -1,6 +1,5 @@
 """One optimizer step: accumulation, denominators, the update, and what a bad step leaves alone."""
 
-import dataclasses
 import math
 import types
 from pathlib import Path
@@ -238,47 +237,6 @@ def test_evaluation_pools_the_same_sums_as_the_training_step():
     evaluated = built.evaluate(head, frozen(), split(rows(), 2))
     trained = built.train(built.initialize(random_head(HEAD)), frozen(), split(rows(), 2))[1]
     close(evaluated, {name: trained[name] for name in evaluated})
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("denominator", ["counted", "specforge"])
-def test_later_steps_train_on_a_share_of_the_rows_that_every_step_draws_anew(denominator, devices):
-    keys = ("rollout_block_size=4", f"loss_denominator={denominator}")
-    everything = programs(config(*keys), devices)
-    built = programs(config(*keys, "later_step_share=0.5"), devices)
-    batch = split(rows(), 2)
-
-    def step(number):
-        state = dataclasses.replace(built.initialize(random_head(HEAD)), step=jnp.int32(number))
-        return built.train(state, frozen(), batch)[1]
-
-    whole = everything.train(everything.initialize(random_head(HEAD)), frozen(), batch)[1]
-    told = [step(number) for number in (0, 0, 1, 2)]
-    for said in told:
-        np.testing.assert_allclose(said["loss_sum"][0], whole["loss_sum"][0], rtol=1e-5)
-        assert 0.2 < said["aligned_rows"][1] / whole["aligned_rows"][1] < 0.8
-        below = 4 * LENGTH if denominator == "specforge" else whole["counted_rows"]
-        means = said["loss_sum"] / below / np.array([1, 0.5, 0.5])  # a row counts for two
-        total = (0.8 ** np.arange(len(means)) * means).sum()
-        np.testing.assert_allclose(said["total_loss"], total, rtol=1e-5)
-    close(told[0], told[1])
-    assert len({float(said["alpha_sum"][1]) for said in told}) == 3
-    judged = (b.evaluate(random_head(HEAD), frozen(), batch) for b in (built, everything))
-    close(*judged)
-
-
-def test_with_a_share_of_the_rows_the_mean_loss_is_that_of_all():
-    # The default block holds all rows of a device, which run later steps or do not.
-    everything = programs(config())
-    built = programs(config("later_step_share=0.25"))
-    batch = split(rows(), 1)
-    whole = everything.train(everything.initialize(random_head(HEAD)), frozen(), batch)[1]
-    losses = []
-    for number in range(200):
-        state = dataclasses.replace(built.initialize(random_head(HEAD)), step=jnp.int32(number))
-        losses.append(float(built.train(state, frozen(), batch)[1]["total_loss"]))
-    deviation = np.std(losses) / len(losses) ** 0.5
-    assert abs(np.mean(losses) - float(whole["total_loss"])) < 4 * deviation
 
 
 def test_the_kernels_give_the_same_step(monkeypatch):

@@ -33,18 +33,16 @@ def per_token(
     ttt_length: int,
     length: float,
     judged: float = 1.0,
-    later: float = 1.0,
 ) -> dict[str, float]:
     """FLOPs of each part for one token of a document of `length` tokens.
 
-    judged: share of the tokens whose row some step of the rollout judges; later: share of those
-    rows that run the steps after the first.
+    judged: share of the tokens whose row some step of the rollout judges.
     """
     H = target.hidden_size
     draft_q, draft_kv = head.num_heads * head.head_dim, head.num_kv_heads * head.head_dim
     shared = 2 * 2 * H * 2 * draft_kv
     of_a_row = 2 * (2 * H * draft_q + draft_q * H + 3 * H * head.intermediate_size)
-    later_steps = judged * later * (ttt_length - 1)
+    later_steps = judged * (ttt_length - 1)
     rows = judged + later_steps
     return {
         "target layers": _products(target),

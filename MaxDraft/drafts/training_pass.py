@@ -8,8 +8,6 @@
 Rows that nobody judges are never rolled out: the judged ones are put first, and the loop ends with
 the last of them. The work is that of the judged rows, rounded up to a block, whatever share of the
 batch they are; nothing can overflow. Activations exist for one block.
-
-On request only a random share of the blocks runs all K steps, and the others their first one.
 """
 
 from __future__ import annotations
@@ -37,10 +35,8 @@ class PassDims:
     loss: str  # one of losses.LOSSES
     row_block: int  # R, rows rolled out at a time
     attention_block: int  # rows and keys attended at a time
-    remat: str = "none"  # one of rollout.REMAT
     attention_kernel: str = "xla"  # one of attention_keys.KERNELS
     softcap: float = 0.0  # of the target's logits; 0: none
-    later_share: float = 1.0  # of the blocks of rows, those that run the steps after the first
 
 
 @jax.tree_util.register_dataclass
@@ -63,9 +59,9 @@ def judge_rows(
     keys = Keys.of(k, v, how.attention_block, tokens.length, how.attention_kernel)
     blocks = judgement.blocks
 
-    def of_block(i, steps, results):
+    def of_block(i, results):
         rows = blocks.rows(i)
-        given = (keys, tokens, judgement, i, steps, dims, how)
+        given = (keys, tokens, judgement, i, dims, how)
         _, (found, _), _ = _block(params, _at(state, rows), None, None, *given)
         return _put(results, rows, found)
 
@@ -80,12 +76,12 @@ def loss_and_gradient(
     keys = Keys.of(k, v, how.attention_block, tokens.length, how.attention_kernel)
     blocks = judgement.blocks
 
-    def of_block(i, steps, carry):
+    def of_block(i, carry):
         loss, gradient, d_head, d_state, d_keys, results = carry
         rows = blocks.rows(i)
 
         def block(params, state, d_keys):
-            given = (keys, tokens, judgement, i, steps, dims, how)
+            given = (keys, tokens, judgement, i, dims, how)
             loss, aux, d_keys = _block(params, state, d_keys, d_head, *given)
             return (loss, d_keys), aux
 
@@ -128,16 +124,15 @@ def _block(
     tokens: Tokens,
     judgement: Judgement,
     i: jax.Array,
-    steps: int,
     dims: HeadDims,
     how: PassDims,
 ) -> tuple[jax.Array, tuple[RowResults, jax.Array | None], Keys | None]:
-    """Loss of the first steps of block i, the results of its rows [steps, R], d_head, d_keys."""
+    """Loss of block i, the results of its rows [K, R], d_head, d_keys."""
     blocks = judgement.blocks
     rows = blocks.rows(i)
-    states, d_keys = rollout(params, dims, state, keys, d_keys, tokens, rows, steps, how.remat)
+    states, d_keys = rollout(params, dims, state, keys, d_keys, tokens, rows, how.ttt_length)
     # Row i is judged at step 0 by the teacher at position i + 1.
-    positions = blocks.rows(i, behind=steps - 1) + 1
+    positions = blocks.rows(i, behind=how.ttt_length - 1) + 1
     teacher = jax.tree.map(lambda x: _at(x, positions), judgement.teacher)
     logits = jnp.matmul(
         teacher.last,
@@ -151,7 +146,7 @@ def _block(
         params["lm_head"],
         d_head,
         judge,
-        jnp.where(rows >= 0, judgement.weights[:steps, rows], 0.0),
+        jnp.where(rows >= 0, judgement.weights[:, rows], 0.0),
         how.loss,
     )
     return loss, (results, d_head), d_keys
@@ -163,61 +158,27 @@ class Blocks:
     """Rows that some step judges, in order, R at a time."""
 
     order: jax.Array  # int32 [blocks * R + K - 1]: places in 0..L-1; -1 behind the last
-    sequence: jax.Array  # int32 [blocks]: those without a row come last
     count: jax.Array  # int32: blocks with a row
-    whole: jax.Array  # int32: so many of the sequence run all K steps, the others their first one
-    how: PassDims = dataclasses.field(metadata={"static": True})
-
-    @property
-    def size(self) -> int:
-        """R"""
-        return (len(self.order) - (self.how.ttt_length - 1)) // len(self.sequence)
+    size: int = dataclasses.field(metadata={"static": True})  # R
+    most: int = dataclasses.field(metadata={"static": True})  # blocks, were every row judged
 
     @classmethod
-    def of(cls, aligned: jax.Array, how: PassDims, key: jax.Array | None = None) -> Blocks:
-        """aligned bool [K, L]; key: draws those that run all steps, where they are a share."""
-        length = aligned.shape[1]
-        size = min(how.row_block, length)
+    def of(cls, aligned: jax.Array, row_block: int) -> Blocks:
+        """aligned bool [K, L]"""
+        K, length = aligned.shape
+        size = min(row_block, length)
         order = jnp.nonzero(aligned.any(0), size=length, fill_value=-1)[0].astype(jnp.int32)
         count = -(-(order >= 0).sum() // size)
-        sequence = jnp.arange(-(-length // size))
-        whole = count
-        if how.later_share < 1:
-            lots, rounding = (jax.random.uniform(k, sequence.shape) for k in jax.random.split(key))
-            sequence = jnp.argsort(lots + (sequence >= count))
-            # Up or down by lot, so that the share is right on average, if blocks are few as well.
-            whole = jnp.floor(how.later_share * count + rounding[0]).astype(count.dtype)
-        order = jnp.pad(order, (0, -length % size + how.ttt_length - 1), constant_values=-1)
-        return cls(order, sequence, count, whole, how)
-
-    def run(self, aligned: jax.Array) -> jax.Array:
-        """bool [K, L]: of the rows that are judged, those whose step k is rolled out."""
-        if self.how.later_share == 1:
-            return aligned
-        taken = jnp.arange(len(self.sequence)) < self.whole
-        of_block = jnp.zeros_like(taken).at[self.sequence].set(taken)
-        rows = aligned.any(0)
-        later = of_block[(jnp.cumsum(rows) - 1) // self.size]
-        return aligned.at[1:].set(aligned[1:] & later)
+        order = jnp.pad(order, (0, -length % size + K - 1), constant_values=-1)
+        return cls(order, count, size, -(-length // size))
 
     def rows(self, i: jax.Array, behind: int = 0) -> jax.Array:
         """Those of block i, and so many behind them."""
         return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size + behind)
 
     def over(self, body, carry):
-        """carry = body(i, steps, carry) for every block with a row."""
-        most, K, share = len(self.sequence), self.how.ttt_length, self.how.later_share
-
-        def loop(start, stop, usual, steps, carry):
-            def of_sequence(j, carry):
-                return body(self.sequence[j], steps, carry)
-
-            return counted_loop("rollout_blocks", start, stop, of_sequence, carry, usual)
-
-        carry = loop(0, self.whole, share * most, K, carry)
-        if share < 1:
-            carry = loop(self.whole, self.count, (1 - share) * most, 1, carry)
-        return carry
+        """carry = body(i, carry) for every block with a row."""
+        return counted_loop("rollout_blocks", 0, self.count, body, carry, self.most)
 
 
 def _at(x: jax.Array, rows: jax.Array) -> jax.Array:

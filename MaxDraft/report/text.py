@@ -40,7 +40,6 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
         config.ttt_length,
         config.max_target_length,
         run.data.judged_share,
-        config.later_step_share,
     )
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     say(

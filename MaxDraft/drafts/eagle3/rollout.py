@@ -25,13 +25,6 @@ from MaxDraft.layers.attention import document_starts, joined, row_attention
 from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.params import Tree
 
-# What the backward pass keeps of each step's layer: everything, its matrix products, or its inputs.
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 def shift_left(x: jax.Array, by: int) -> jax.Array:
     """out[:, i] = x[:, i + by], zeros past the end; x [B, T, ...]."""
@@ -79,7 +72,6 @@ def rollout(
     tokens: Tokens,
     rows: jax.Array,  # int [R] places in 0..L-1; -1: none
     ttt_length: int,  # K
-    remat: str = "none",  # one of REMAT
 ) -> tuple[jax.Array, Keys | None]:
     """-> the head's un-normed outputs [K, R, H], gradients."""
     first = jnp.where(rows < 0, 0, tokens.starts[rows])[None]
@@ -96,8 +88,6 @@ def rollout(
             attended = joined(attended, log_sum, q, own_k, own_v)
         return eagle3.finish(params, dims, state, attended), own, gradients
 
-    if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT[remat], static_argnums=0)
     state, own, states = state[None], (), []
     for k in range(ttt_length):
         state, own, gradients = step(k, params, state, own, gradients)
