@@ -23,7 +23,7 @@ def head_dims(config: Config, target: DecoderDims) -> HeadDims:
         draft_vocab_size=min(config.draft_vocab_size, target.vocab_size),
         target_vocab_size=target.vocab_size,
         norm_eps=target.norm_eps,
-        rope=dataclasses.replace(shape.rope, head_dim=head_dim),
+        rope=dataclasses.replace(shape.rope, rotary_dim=head_dim),
     )
     if dims.num_heads % dims.num_kv_heads:
         raise ConfigError(

@@ -72,7 +72,7 @@ def head_dims(problem):
         draft_vocab_size=len(problem.d2t),
         target_vocab_size=len(problem.teacher.lm_head),
         norm_eps=head.eps,
-        rope=Rope(theta=head.theta, head_dim=head.head_dim),
+        rope=Rope(theta=head.theta, rotary_dim=head.head_dim),
     )
 
 

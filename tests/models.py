@@ -9,8 +9,22 @@ from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import Attention, DecoderDims, Layer, Mlp
 from MaxDraft.targets.table import decoder_params
 
-ROPE = Rope(theta=10000.0, head_dim=8)
+ROPE = Rope(theta=10000.0, rotary_dim=8)
 CAPTURE = (1, 2, 4)
+
+
+def exact_power(theta: float) -> float:
+    """rope_theta for transformers that it raises to powers exactly, then rounds to float32.
+
+    torch's own float32 power is not always rounded correctly, and differs between processors.
+    """
+    import torch
+
+    class ExactPower(float):
+        def __pow__(self, exponents):
+            return torch.tensor(float(self), dtype=torch.float64).pow(exponents.double()).float()
+
+    return ExactPower(theta)
 
 
 def llama(

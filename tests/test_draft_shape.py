@@ -19,8 +19,10 @@ from MaxDraft.targets.dims import (
 from MaxDraft.targets.draft_shape import draft_shape
 from MaxDraft.targets.registry import dims_from_config
 
-ROPE = Rope(theta=10000.0, head_dim=128)
-YARN = Rope(5e5, 128, "yarn", factor=8.0, original_length=4096, cos_scale=1.2)
+ROPE = Rope(theta=10000.0, rotary_dim=128)
+YARN = Rope(
+    5e5, 128, "yarn", factor=8.0, original_max_position_embeddings=4096, attention_scaling=1.2
+)
 GQA = Attention(32, 8, 128, ROPE)
 
 
@@ -69,13 +71,15 @@ def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
         ]
         return draft_shape(target(*layers)).rope
 
-    partial = dataclasses.replace(ROPE, head_dim=64, interleaved=True)
+    partial = dataclasses.replace(ROPE, rotary_dim=64, interleaved=True)
     assert rope_for(partial) == ROPE  # all of a head, in the usual layout
-    mscale = dataclasses.replace(YARN, cos_scale=1.0)  # DeepSeek: the scores are scaled instead
+    mscale = dataclasses.replace(
+        YARN, attention_scaling=1.0
+    )  # DeepSeek: the scores are scaled instead
     assert rope_for(mscale) == Rope(5e5, 128)
     between = dataclasses.replace(YARN, truncate=False)  # gpt-oss
     assert rope_for(between) == Rope(5e5, 128)
-    longrope = Rope(1e4, 128, "longrope", factors=(1.0,) * 64, cos_scale=1.2)
+    longrope = Rope(1e4, 128, "longrope", short_factor=(1.0,) * 64, attention_scaling=1.2)
     assert rope_for(longrope) == ROPE
     # The layers that see everything decide; layers without positions cannot.
     wide = dataclasses.replace(ROPE, theta=1e6)
@@ -97,4 +101,4 @@ def test_every_golden_family_has_a_head():
         shape = draft_shape(dims_from_config(config))
         assert shape.num_heads % shape.num_kv_heads == 0
         assert shape.num_kv_heads >= 2
-        assert shape.rope.head_dim == shape.head_dim
+        assert shape.rope.rotary_dim == shape.head_dim

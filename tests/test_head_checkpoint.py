@@ -32,35 +32,35 @@ V, D = 50, 20
 IDS = np.sort(np.random.default_rng(5).choice(V, D, replace=False)).astype(np.int32)
 CAPTURE = (1, 7, 12)  # the default layers of a target with 16
 ROPES = {
-    "default": Rope(theta=500000.0, head_dim=8),
-    "linear": Rope(theta=10000.0, head_dim=8, kind="linear", factor=4.0),
+    "default": Rope(theta=500000.0, rotary_dim=8),
+    "linear": Rope(theta=10000.0, rotary_dim=8, rope_type="linear", factor=4.0),
     "llama3": Rope(
         theta=500000.0,
-        head_dim=8,
-        kind="llama3",
+        rotary_dim=8,
+        rope_type="llama3",
         factor=32.0,
-        original_length=64,
+        original_max_position_embeddings=64,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
     ),
     "yarn": Rope(
         theta=1e6,
-        head_dim=8,
-        kind="yarn",
+        rotary_dim=8,
+        rope_type="yarn",
         factor=4.0,
-        original_length=64,
-        cos_scale=0.1 * float(np.log(4.0)) + 1.0,
+        original_max_position_embeddings=64,
+        attention_scaling=0.1 * float(np.log(4.0)) + 1.0,
     ),
     "yarn, all said": Rope(
         theta=1e6,
-        head_dim=8,
-        kind="yarn",
+        rotary_dim=8,
+        rope_type="yarn",
         factor=4.0,
-        original_length=64,
+        original_max_position_embeddings=64,
         beta_fast=16.0,
         beta_slow=2.0,
         truncate=False,
-        cos_scale=1.25,
+        attention_scaling=1.25,
     ),
 }
 TARGET_CONFIG = {
@@ -512,7 +512,7 @@ def test_all_differences_from_the_run_are_in_one_error(tmp_path):
         "norm.weight: missing, expected [32]",
         "intermediate_size: the head has 40, this run 48",
         "vocab_size: the head has 50, this run 51",
-        "rope: the head has Rope(theta=500000.0, head_dim=8, kind='llama3'",
+        "rope: the head has Rope(theta=500000.0, rotary_dim=8, rope_type='llama3'",
         "captured layers: the head reads [1, 7, 12], this run has [1, 6, 12]",
     ):
         assert part in text
@@ -566,7 +566,7 @@ def test_a_head_without_rope_is_one_with_the_engines_default(tmp_path):
     edit_config(folder, lambda c: [c.pop(name) for name in rope])
     with pytest.raises(CheckpointError, match=r"rope: the head has Rope\(theta=10000\.0"):
         load_head(folder, dims)
-    assert load_head(folder).dims.rope == Rope(theta=10000.0, head_dim=8)
+    assert load_head(folder).dims.rope == Rope(theta=10000.0, rotary_dim=8)
 
 
 def test_a_head_that_names_no_layers_has_the_default_ones(tmp_path):

@@ -6,7 +6,7 @@ from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import Attention, Layer, Mlp, TargetError
 from MaxDraft.targets.plan import check_capture, default_capture, runs
 
-ROPE = Rope(theta=10000.0, head_dim=8)
+ROPE = Rope(theta=10000.0, rotary_dim=8)
 
 
 def stack(kinds: str) -> tuple[Layer, ...]:

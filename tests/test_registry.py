@@ -101,4 +101,4 @@ def test_longrope_is_exact_up_to_the_original_length_only():
     )
     assert dims_from_config(config).max_length == original < config["max_position_embeddings"]
     short = dims_from_config(config).layers[0].mixer.rope
-    assert short.factors == tuple(scaling["short_factor"])
+    assert short.short_factor == tuple(scaling["short_factor"])

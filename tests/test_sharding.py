@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 
 B, T, K, V = 8, 12, 2, 32
-ROPE = Rope(theta=10000.0, head_dim=4)
+ROPE = Rope(theta=10000.0, rotary_dim=4)
 TARGET = models.llama(V, 16, 32, 4, 8, 8, 4, ROPE)
 CAPTURE = (0, 1, 2)
 HEAD = HeadDims(16, 32, 8, 8, 4, 16, V, 1e-6, ROPE)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import recipe, switches
+from models import exact_power
 
 from MaxDraft.convert.target.checkpoint import load_target, read_config, unused_tensors
 from MaxDraft.layers import params
@@ -53,7 +54,7 @@ DROPPED = {
     "llama_biases": ("q/k/v bias", "o bias", "feed-forward bias"),
     "llama_linear": ("rope scaling",),
     "llama_llama3": ("rope scaling",),
-    "llama_yarn": ("rope scaling", "rope cos scale"),
+    "llama_yarn": ("rope scaling", "rope attention scaling"),
     "minimax_m2": ("selection bias", "q/k norm"),
     "mistral_window": ("window",),
     "phi4_mini": ("rope scaling",),
@@ -257,15 +258,19 @@ def test_angles_equal_a_live_transformers_rotary_embedding(name, head_dim):
         "head_dim": head_dim,
         "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"} | ROPES[name],
     }
-    theirs = LlamaRotaryEmbedding(
-        LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    their_config = LlamaConfig(
+        **{key: value for key, value in config.items() if key != "model_type"}
     )
-    positions = np.arange(0, 2048, 31)
+    their_config.rope_parameters["rope_theta"] = exact_power(500000.0)
+    theirs = LlamaRotaryEmbedding(their_config)
+    positions = np.arange(0, 4097, 31)
     cos, sin = theirs(torch.zeros(1, dtype=torch.float32), torch.tensor(positions)[None])
     ours = rotary.cos_sin(hf_config.rope(config), jnp.asarray(positions)[None])
-    half = head_dim // 2
-    np.testing.assert_allclose(ours[0], cos.numpy()[..., :half], atol=3e-4)
-    np.testing.assert_allclose(ours[1], sin.numpy()[..., :half], atol=3e-4)
+    # The angles are equal bit for bit: what differs is the rounding of cos, sin and their scaling.
+    tolerance = 4 * 2**-24 * theirs.attention_scaling
+    for our, their in zip(ours, (cos, sin), strict=True):
+        their = their.numpy()[..., : head_dim // 2]
+        np.testing.assert_allclose(our, their, rtol=0, atol=tolerance)
 
 
 LLAMA = {key: value for key, value in recipe.CONFIGS["llama"].items() if key != "rope_parameters"}
@@ -284,10 +289,10 @@ def test_the_old_and_the_new_spelling_of_rope_mean_the_same():
     ropes = [hf_config.rope(LLAMA | spelling) for spelling in spellings]
     assert ropes[0] == rotary.Rope(
         theta=500000.0,
-        head_dim=16,
-        kind="llama3",
+        rotary_dim=16,
+        rope_type="llama3",
         factor=32.0,
-        original_length=256,
+        original_max_position_embeddings=256,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
     )
@@ -304,7 +309,7 @@ def test_the_old_and_the_new_spelling_of_rope_mean_the_same():
     ],
 )
 def test_rope_without_scaling_is_read_from_either_place(spelling):
-    assert hf_config.rope(LLAMA | spelling) == rotary.Rope(theta=5e5, head_dim=16)
+    assert hf_config.rope(LLAMA | spelling) == rotary.Rope(theta=5e5, rotary_dim=16)
 
 
 @pytest.mark.parametrize(

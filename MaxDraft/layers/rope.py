@@ -1,12 +1,18 @@
-"""Rotary position embedding (Su et al. 2021) with the scalings that served checkpoints use.
+"""Rotary position embedding (RoPE, Su et al. 2021) with the scalings that served checkpoints use.
 
-Angle of pair j at position p: p * theta^(-2j/d), changed by the scaling:
-    linear   all frequencies divided by `factor`
-    llama3   long wavelengths divided by `factor`, short ones kept, a ramp between
-    yarn     the ramp is over dimensions, and cos/sin are scaled (Peng et al. 2023)
-    longrope every frequency divided by a factor of its own, cos/sin scaled (Ding et al. 2024)
-Pairs are (x[j], x[j + d/2]), the rotate-half layout of most Hugging Face checkpoints, or, where a
-family is `interleaved`, (x[2j], x[2j+1]). Dimensions past the first d of a head are not turned.
+The angle of pair j at position p is p / theta^(2j/d). `rope_type` says how it is changed:
+    linear   every frequency is divided by `factor`
+    llama3   frequencies of long wavelengths are divided by `factor`, those of short ones are kept,
+             and between the two there is a ramp over the wavelength
+    yarn     the ramp goes over the dimensions, and cos and sin are scaled (Peng et al. 2023)
+    longrope every frequency is divided by a factor of its own, and cos and sin are scaled
+             (Ding et al. 2024)
+A pair is (x[j], x[j + d/2]), the rotate-half layout of most Hugging Face checkpoints, or, where a
+family is `interleaved`, (x[2j], x[2j+1]). Dimensions of a head past the first d are not rotated.
+
+The angle is the product of a position and a rounded frequency, so an error of one unit in the last
+place of the frequency grows with the position. Frequencies are therefore computed in the same order
+of operations and with the same roundings as transformers' modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -21,75 +27,104 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of a model; `kind` is default, linear, llama3, yarn or longrope."""
+    """The rotary embedding of a model; the names are those of Hugging Face's `rope_parameters`."""
 
-    theta: float
-    head_dim: int  # d, the dimensions of a head that are turned
-    kind: str = "default"
+    theta: float  # rope_theta
+    rotary_dim: int  # d: head_dim * partial_rotary_factor, the dimensions that are rotated
+    rope_type: str = "default"  # default, linear, llama3, yarn or longrope
     factor: float = 1.0
-    original_length: int = 0  # positions the unscaled model was trained on
+    original_max_position_embeddings: int = 0  # the length that the unscaled model was trained on
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-    cos_scale: float = 1.0  # yarn's and longrope's attention factor, applied to cos and sin
-    factors: tuple[float, ...] = ()  # longrope: of each pair
+    truncate: bool = True  # yarn: the ends of the ramp are rounded to whole dimensions
+    attention_scaling: float = 1.0  # yarn and longrope: cos and sin are multiplied by it
+    short_factor: tuple[float, ...] = ()  # longrope: the factor of each pair
     interleaved: bool = False
 
 
 def frequencies(rope: Rope) -> np.ndarray:
-    """float32 [d/2]: radians per position of each pair."""
-    exponents = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
-    freq = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
-    if rope.kind == "linear":
-        return freq / np.float32(rope.factor)
-    if rope.kind == "llama3":
-        return _llama3(freq, rope)
-    if rope.kind == "yarn":
-        return _yarn(freq, rope)
-    if rope.kind == "longrope":
-        return freq / np.asarray(rope.factors, np.float32)
-    return freq
+    """float32 [d/2]: radians per position of each pair (transformers' `inv_freq`)."""
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
+    # NumPy's float32 power is up to two units in the last place off. The power is taken in float64
+    # and rounded once, and only then is the reciprocal taken in float32, as torch does.
+    periods = (np.float64(np.float32(rope.theta)) ** exponents.astype(np.float64)).astype(
+        np.float32
+    )
+    match rope.rope_type:
+        case "linear":
+            return _reciprocal(periods) / np.float32(rope.factor)
+        case "llama3":
+            return _llama3(_reciprocal(periods), rope)
+        case "yarn":
+            return _yarn(periods, rope)
+        case "longrope":
+            return _reciprocal(np.asarray(rope.short_factor, np.float32) * periods)
+    return _reciprocal(periods)
+
+
+def _reciprocal(periods: np.ndarray) -> np.ndarray:
+    return np.float32(1) / periods
 
 
 def _llama3(freq: np.ndarray, rope: Rope) -> np.ndarray:
-    wavelength = 2 * np.pi / freq
+    """Frequencies [d/2] of the unscaled model -> those of Llama 3.1."""
+    length, factor = rope.original_max_position_embeddings, np.float32(rope.factor)
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    width = max(high - low, 1e-6)  # Llama 4 has no ramp between: the two factors are equal
-    smooth = np.clip((rope.original_length / wavelength - low) / width, 0.0, 1.0)
-    return ((1 - smooth) * freq / rope.factor + smooth * freq).astype(np.float32)
+    # torch divides a number by a tensor as the number times the tensor's reciprocal.
+    wavelength = np.float32(2 * math.pi) * _reciprocal(freq)
+    scaled = np.where(wavelength > np.float32(length / low), freq / factor, freq)
+    if low == high:  # Llama 4 has no ramp
+        return scaled
+    smooth = np.float32(length) * _reciprocal(wavelength) - np.float32(low)
+    smooth = smooth / np.float32(high - low)
+    ramp = (1 - smooth) * scaled / factor + smooth * scaled
+    long, short = np.float32(length / low), np.float32(length / high)
+    return np.where((wavelength >= short) & (wavelength <= long), ramp, scaled)
 
 
-def _yarn(freq: np.ndarray, rope: Rope) -> np.ndarray:
-    def dimension_with(rotations: float) -> float:  # that turns so often over original_length
-        turns = rope.original_length / (rotations * 2 * math.pi)
-        return rope.head_dim * math.log(turns) / (2 * math.log(rope.theta))
+def _yarn(periods: np.ndarray, rope: Rope) -> np.ndarray:
+    """Radians per position are blended from those of the unscaled and the stretched model."""
+    length, dim = rope.original_max_position_embeddings, rope.rotary_dim
+
+    def dimension_with(rotations: float) -> float:
+        """The dimension whose pair makes so many rotations over the original length."""
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_with(rope.beta_fast), dimension_with(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    low, high = max(low, 0), min(high, dim - 1)
     high = high if high != low else low + 0.001
-    ramp = np.clip((np.arange(rope.head_dim // 2) - low) / (high - low), 0.0, 1.0)
-    return (freq * (1 - ramp) + freq / rope.factor * ramp).astype(np.float32)
+    pairs = np.arange(dim // 2, dtype=np.float32)
+    ramp = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    keep = 1 - ramp
+    stretched = _reciprocal(np.float32(rope.factor) * periods)
+    return stretched * (1 - keep) + _reciprocal(periods) * keep
 
 
 def cos_sin(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """positions int [B, T] -> cos, sin float32 [B, T, d/2]."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(rope)
-    return jnp.cos(angles) * rope.cos_scale, jnp.sin(angles) * rope.cos_scale
+    return jnp.cos(angles) * rope.attention_scaling, jnp.sin(angles) * rope.attention_scaling
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
-    """x [B, T, N, >= d] turned by its positions' angles; computed in float32, x's dtype out."""
+    """Rotates the first d dimensions of every head by the angles of its token's position.
+
+    x [B, T, N, >= d]; cos, sin float32 [B, T, d/2]. Computed in float32; x's shape and dtype out.
+    """
     size = 2 * cos.shape[-1]
-    turned, rest = x[..., :size].astype(jnp.float32), x[..., size:]
+    rotary, rest = x[..., :size].astype(jnp.float32), x[..., size:]
     cos, sin = cos[:, :, None], sin[:, :, None]
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
     else:
-        first, second = jnp.split(turned, 2, axis=-1)
+        first, second = jnp.split(rotary, 2, axis=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = jnp.stack(pair, -1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, -1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+    if interleaved:
+        rotated = jnp.stack(pair, -1).reshape(rotary.shape)
+    else:
+        rotated = jnp.concatenate(pair, -1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], -1)

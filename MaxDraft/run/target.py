@@ -97,7 +97,18 @@ def wanted_head_dims(config: Config, target: DecoderDims) -> HeadDims:
     return dims
 
 
+# Names of Rope's fields in checkpoints that were saved before they were Hugging Face's.
+_FORMER_ROPE_FIELDS = {
+    "head_dim": "rotary_dim",
+    "kind": "rope_type",
+    "original_length": "original_max_position_embeddings",
+    "cos_scale": "attention_scaling",
+    "factors": "short_factor",
+}
+
+
 def saved_head_dims(saved: dict[str, Any]) -> HeadDims:
-    """The dimensions that a checkpoint's identity says."""
-    rope = Rope(**{**saved["rope"], "factors": tuple(saved["rope"].get("factors", ()))})
+    """The dimensions that a checkpoint's identity holds as JSON, of older checkpoints too."""
+    fields = {_FORMER_ROPE_FIELDS.get(key, key): value for key, value in saved["rope"].items()}
+    rope = Rope(**{**fields, "short_factor": tuple(fields.get("short_factor", ()))})
     return HeadDims(**{**saved, "rope": rope})

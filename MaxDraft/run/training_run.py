@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import absl.logging
@@ -140,7 +140,8 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         checkpoints.expect(
             {
                 "target": target.fingerprint,
-                "head": json.loads(json.dumps(dataclasses.asdict(head_dims))),
+                # As it was saved: an older checkpoint may name the same fields otherwise.
+                "head": saved["head"] if saved else _as_json(head_dims),
                 "data": data.fingerprint,
                 "rows per optimizer step": data.rows_per_step,
                 "optimizer steps": total_steps,
@@ -156,6 +157,10 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         programs=make_programs(config, target.dims, head_dims, target.capture, mesh, total_steps),
         checkpoints=checkpoints,
     )
+
+
+def _as_json(head_dims: HeadDims) -> Mapping[str, object]:
+    return json.loads(json.dumps(dataclasses.asdict(head_dims)))
 
 
 def start_jax(config: Config) -> None:

@@ -74,7 +74,7 @@ def _draft_rope(rope: Rope, head_dim: int) -> Rope:
     forms that engines do not read in a Llama head: there the head turns by the plain base, as
     published heads of these targets do.
     """
-    variant = rope.kind == "yarn" and (rope.cos_scale == 1.0 or not rope.truncate)
-    if rope.kind == "longrope" or variant:
-        return Rope(theta=rope.theta, head_dim=head_dim)
-    return dataclasses.replace(rope, head_dim=head_dim, interleaved=False)
+    variant = rope.rope_type == "yarn" and (rope.attention_scaling == 1.0 or not rope.truncate)
+    if rope.rope_type == "longrope" or variant:
+        return Rope(theta=rope.theta, rotary_dim=head_dim)
+    return dataclasses.replace(rope, rotary_dim=head_dim, interleaved=False)

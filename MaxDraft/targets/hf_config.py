@@ -53,7 +53,11 @@ def decoder(config: Mapping[str, Any], layers: Sequence[Layer], **switches: Any)
 def _ends(layers: Sequence[Layer]) -> list[int]:
     """Positions up to which the rotary embeddings hold: longrope's have other factors beyond."""
     ropes = [getattr(layer.mixer, "rope", None) for layer in layers]
-    return [rope.original_length for rope in ropes if rope and rope.kind == "longrope"]
+    return [
+        rope.original_max_position_embeddings
+        for rope in ropes
+        if rope and rope.rope_type == "longrope"
+    ]
 
 
 def _check_routing(experts: Experts) -> None:

@@ -51,8 +51,8 @@ def rope(
     kind = said.get("rope_type", "default")
     common = {
         "theta": number(said, "rope_theta"),
-        "head_dim": _turned(config, said, size or head_dim(config), partial),
-        "kind": kind,
+        "rotary_dim": _rotary_dim(config, said, size or head_dim(config), partial),
+        "rope_type": kind,
         "interleaved": interleaved,
     }
     if kind == "default":
@@ -62,7 +62,7 @@ def rope(
     common["factor"] = _number(said, "factor")
     if kind == "linear":
         return Rope(**common)
-    common["original_length"] = field(_there(said, _ORIGINAL), _ORIGINAL)
+    common[_ORIGINAL] = field(_there(said, _ORIGINAL), _ORIGINAL)
     if kind == "yarn" and common["theta"] <= 1:
         raise TargetError(f"config.json: rope_theta {common['theta']} is too small for yarn")
     if kind == "llama3":
@@ -77,7 +77,7 @@ def rope(
         beta_fast=number(said, "beta_fast", 32.0),
         beta_slow=number(said, "beta_slow", 1.0),
         truncate=flag(said, "truncate", True),
-        cos_scale=_yarn_cos_scale(said, common["factor"]),
+        attention_scaling=_yarn_attention_scaling(said, common["factor"]),
     )
 
 
@@ -146,7 +146,7 @@ def _agree(places: str, one: Mapping[str, Any], other: Mapping[str, Any], keys: 
         )
 
 
-def _turned(
+def _rotary_dim(
     config: Mapping[str, Any], said: Mapping[str, Any], size: int, partial: float | None
 ) -> int:
     """Dimensions of a head of `size` that are turned: in pairs, and some."""
@@ -183,7 +183,7 @@ def _longrope(said: Mapping[str, Any], config: Mapping[str, Any], common: dict[s
     Which set holds depends on the length of the whole sequence; hf_config.decoder ends max_length
     where the short ones end.
     """
-    pairs = common["head_dim"] // 2
+    pairs = common["rotary_dim"] // 2
     for name in ("short_factor", "long_factor"):  # the latter is not used, but shows damage
         factors = listed(_there(said, name), name)
         if len(factors) != pairs:
@@ -198,9 +198,9 @@ def _longrope(said: Mapping[str, Any], config: Mapping[str, Any], common: dict[s
     usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return Rope(
         **common,
-        original_length=original,
-        factors=tuple(float(factor) for factor in said["short_factor"]),
-        cos_scale=number(said, "attention_factor", usual),
+        original_max_position_embeddings=original,
+        short_factor=tuple(float(factor) for factor in said["short_factor"]),
+        attention_scaling=number(said, "attention_factor", usual),
     )
 
 
@@ -215,7 +215,7 @@ def _mscale(factor: float, by: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
-def _yarn_cos_scale(said: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention_scaling(said: Mapping[str, Any], factor: float) -> float:
     """0.1 ln(factor) + 1, unless the file gives it or its two mscales (DeepSeek's form)."""
     one, all_dim = (number(said, name, 0.0) for name in ("mscale", "mscale_all_dim"))
     two = one and all_dim

@@ -67,7 +67,7 @@ def _plain_scale(mixer):
 
 
 def _whole_head(rope, mixer):
-    return _replace(rope, head_dim=mixer.head_dim) if isinstance(mixer, Attention) else rope
+    return _replace(rope, rotary_dim=mixer.head_dim) if isinstance(mixer, Attention) else rope
 
 
 def _one_rope(dims):
@@ -91,8 +91,8 @@ SWITCHES = {
     "q/k/v bias": _mixer(qkv_bias=False),
     "o bias": _mixer(output_bias=False),
     "latent bias": _mixer(bias=False),
-    "rope scaling": _rope(kind="default"),
-    "rope cos scale": _rope(cos_scale=1.0),
+    "rope scaling": _rope(rope_type="default"),
+    "rope attention scaling": _rope(attention_scaling=1.0),
     "interleaved rope": _rope(interleaved=False),
     "partial rope": _ropes(_whole_head),
     "layers' own rope": _one_rope,  # or none at all

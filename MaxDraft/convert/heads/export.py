@@ -35,25 +35,25 @@ def rope_fields(rope: Rope) -> tuple[float, dict[str, Any] | None, dict[str, Any
 
     The inverse of targets/hf_config.rope: either spelling alone reads back as `rope`.
     """
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
+    scaling: dict[str, Any] = {"rope_type": rope.rope_type}
+    if rope.rope_type != "default":
         scaling["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_length
-    if rope.kind == "llama3":
+    if rope.rope_type in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.rope_type == "llama3":
         scaling["low_freq_factor"] = rope.low_freq_factor
         scaling["high_freq_factor"] = rope.high_freq_factor
-    if rope.kind == "yarn":
+    if rope.rope_type == "yarn":
         scaling["beta_fast"] = rope.beta_fast
         scaling["beta_slow"] = rope.beta_slow
         # Engines spell these two differently, so they are written only where they say something.
         if not rope.truncate:
             scaling["truncate"] = False
         usual = 1.0 if rope.factor <= 1 else 0.1 * math.log(rope.factor) + 1.0
-        if rope.cos_scale != usual:
-            scaling["attention_factor"] = rope.cos_scale
+        if rope.attention_scaling != usual:
+            scaling["attention_factor"] = rope.attention_scaling
     parameters = {"rope_theta": rope.theta, **scaling}
-    return rope.theta, (None if rope.kind == "default" else scaling), parameters
+    return rope.theta, (None if rope.rope_type == "default" else scaling), parameters
 
 
 def head_config(

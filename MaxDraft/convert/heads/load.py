@@ -114,7 +114,7 @@ def _dims(folder: Path, layer: Mapping[str, Any]) -> HeadDims:
         rope = hf_config.rope(layer if said else {**layer, "rope_theta": _ENGINES_THETA})
         if hf_config.activation(layer) != "silu":
             raise TargetError(f"hidden_act '{layer['hidden_act']}': a head's is silu")
-        if rope.kind == "longrope":
+        if rope.rope_type == "longrope":
             raise TargetError("a head turns by no longrope: engines do not read it")
     except TargetError as error:
         raise CheckpointError(f"the draft head in {folder}: {error}") from error

@@ -43,10 +43,10 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         head_dim = field(config, "head_dim")
         turned = field(config, "rotary_dim", head_dim)
         rope = hf_config.rope(config, partial=turned / head_dim)
-        if config.get("rotary_dim") and rope.head_dim != turned:
+        if config.get("rotary_dim") and rope.rotary_dim != turned:
             raise TargetError(
                 f"config.json contradicts itself: rotary_dim {turned}, and partial_rotary_factor "
-                f"makes it {rope.head_dim}"
+                f"makes it {rope.rotary_dim}"
             )
         mixer = hf_config.attention(config, rope=rope, qk_norm="whole")
         router = Router(top_k, "sigmoid", selection_bias=True, normalize=True)

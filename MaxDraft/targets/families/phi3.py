@@ -17,8 +17,8 @@ DEFAULTS = {"phi3": {"original_max_position_embeddings": 4096, "rope_theta": 10_
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     rope = hf_config.rope(config, partial=1.0)
-    if rope.kind not in ("default", "longrope"):
-        raise TargetError(f"config.json: rope scaling '{rope.kind}' is not known for phi3")
+    if rope.rope_type not in ("default", "longrope"):
+        raise TargetError(f"config.json: rope scaling '{rope.rope_type}' is not known for phi3")
     mixer = hf_config.attention(config, rope=rope, window=field(config, "sliding_window", 0))
     q_size, kv_size = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     starts = {"q": 0, "k": q_size, "v": q_size + kv_size}
