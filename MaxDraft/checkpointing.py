@@ -19,56 +19,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from MaxDraft import pyconfig
+from MaxDraft.config_keys import may_change_on_resume
 from MaxDraft.errors import UserError
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
 from MaxDraft.train_step import TrainState
 
-# Keys that may change between a run's stop and its resumption: where it runs, how fast, what it
-# prints and how it is judged. All others decide the parameters, and must be the same.
-MAY_CHANGE = {
-    "attention_block_size",
-    "attention_kernel",
-    "vocab_block_size",
-    "rollout_block_size",
-    "base_output_directory",
-    "run_name",
-    "target_path",  # where target and data lie; what they hold is in the checkpoint's identity
-    "grain_train_files",
-    "grain_eval_files",
-    "tokenizer_path",
-    "trust_remote_code",
-    "max_skipped_fraction",
-    "grain_worker_count",
-    "grain_prefetch_buffer_size",
-    "per_device_batch_size",  # its product with accumulation and mesh is in the identity
-    "gradient_accumulation_steps",
-    "abort_on_nan_loss",
-    "eval_interval",
-    "eval_steps",
-    "mesh_axes",
-    "logical_axis_rules",
-    "enable_checkpointing",
-    "async_checkpointing",
-    "checkpoint_period",
-    "max_num_checkpoints_to_keep",
-    "log_period",
-    "metrics_file",
-    "enable_tensorboard",
-    "jax_cache_dir",
-    "run_checkpoint",
-    "export_path",
-}
-MAY_CHANGE_PREFIXES = ("ici_", "dcn_", "distributed_", "decode_")
-
 
 class ResumeError(UserError):
     """The run's folder holds something that this command cannot go on from."""
-
-
-def may_change(key: str) -> bool:
-    """Whether a run may be resumed with another value of this configuration key."""
-    return key in MAY_CHANGE or key.startswith(MAY_CHANGE_PREFIXES)
 
 
 class Checkpoints:
@@ -267,7 +226,7 @@ class Checkpoints:
 
     def _check_same_run(self, meta: Mapping[str, Any]) -> None:
         now = self._config.as_dict()
-        ignore = {key for key in {**now, **meta["config"]} if may_change(key)}
+        ignore = {key for key in {**now, **meta["config"]} if may_change_on_resume(key)}
         lines = pyconfig.differences(meta["config"], now, ignore)
         lines += pyconfig.differences(meta["identity"], self._identity, set())
         if lines:

@@ -2,7 +2,10 @@
 
 YAML guesses types from spelling: `3e-4` becomes a string, `on` True, `1:30` 90, `0o17` 15. Here a
 file is only parsed, so each scalar keeps the text that was typed and the line it stands on, and
-the type of its key says what the text means.
+the type of its key (config_keys.py) says what the text means.
+
+A configuration is plain data. Anchors, aliases and tags are refused, and so are nesting and sizes
+beyond anything a configuration needs, so that no file takes more than a moment to read.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from typing import Any
 
 import yaml
 
+from MaxDraft.config_keys import KEYS
 from MaxDraft.errors import UserError
 
-# No leading zeros: 017 is 15 to YAML and 17 to people.
+MAX_BYTES = 262_144
+MAX_DEPTH = 16
+
+# No leading zeros: 017 is 15 to YAML and 17 to people. Nineteen digits may not fit in 64 bits.
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _EXPECTED = {
@@ -32,32 +39,6 @@ _EXPECTED = {
 
 _TRUE_ELSEWHERE = ("yes", "on", "1")
 _FALSE_ELSEWHERE = ("no", "off", "0")
-
-
-def _all(kind: type) -> Callable[[list], bool]:
-    return lambda items: all(type(item) is kind for item in items)
-
-
-def _is_rules(items: list) -> bool:
-    return all(
-        type(rule) is list
-        and len(rule) == 2
-        and type(rule[0]) is str
-        and type(rule[1]) is list
-        and _all(str)(rule[1])
-        for rule in items
-    )
-
-
-# What the elements of a list are: an empty default cannot say.
-_ELEMENTS = {
-    "target_layer_ids": ("a list of integers such as [1, 13, 24]", _all(int)),
-    "mesh_axes": ("a list of names such as [data, fsdp, tensor]", _all(str)),
-    "logical_axis_rules": (
-        "a list of [logical axis, [mesh axes]] such as [[target_mlp, [tensor]]]",
-        _is_rules,
-    ),
-}
 
 
 class ConfigError(UserError):
@@ -75,14 +56,51 @@ def stop_on(problems: Iterable[str]) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` where a known name is close to `name`, else nothing."""
-    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:80].lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: quoted, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+# ----------------------------------------------------------------------------------- text -> nodes
+class _NotPlainError(yaml.MarkedYAMLError):
+    """YAML that no configuration needs."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Composes scalars, lists and mappings, and nothing else that YAML has."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            self._refuse("anchors (&) and aliases (*) are not read; write the value out", event)
+        if event.tag is not None:
+            self._refuse(f"the tag {event.tag} is not read; write the plain value", event)
+        if isinstance(event, yaml.ScalarEvent) and not is_unicode(event.value):
+            self._refuse("an escape stands for no character", event)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            self._refuse(f"nested deeper than {MAX_DEPTH} levels", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _refuse(self, reason: str, event: yaml.Event) -> None:
+        raise _NotPlainError(problem=reason, problem_mark=event.start_mark)
 
 
 def read_keys(path: Path) -> list[tuple[str, int, yaml.Node]]:
     """(key, line, node) for each top-level key of a YAML file."""
     try:
-        root = _compose(path.read_text(encoding="utf-8"), str(path))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)  # no more than this, also of a device or a pipe
+        root = _compose(data.decode("utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -95,13 +113,16 @@ def read_keys(path: Path) -> list[tuple[str, int, yaml.Node]]:
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
+    if len(text.encode("utf-8", "surrogateescape")) > MAX_BYTES:
+        raise ConfigError(f"{where}: longer than {MAX_BYTES} bytes, so this is no configuration")
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+        return yaml.compose(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of its numbers
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}{line}: not YAML: {reason}") from error
+        kind = "" if isinstance(error, _NotPlainError) else "not YAML: "
+        raise ConfigError(f"{where}{line}: {kind}{reason}") from error
 
 
 def _pairs(
@@ -118,16 +139,17 @@ def _pairs(
         yield key, line, value_node
 
 
+# --------------------------------------------------------------------------------- nodes -> values
 def construct(node: yaml.Node, where: str) -> Any:
-    """The value of a node that no key's type decides: a default, or a list's or dict's element."""
+    """The value of a node that no key's type decides: an element of a list or of a mapping."""
     if isinstance(node, yaml.SequenceNode):
         return [construct(child, where) for child in node.value]
     if isinstance(node, yaml.MappingNode):
         return {key: construct(child, where) for key, _, child in _pairs(node, lambda _: where)}
-    return node.value if node.style else _plain(node.value)
+    return node.value if node.style else plain(node.value)
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     """An unquoted scalar: null, true, false, a decimal number, or else the text itself."""
     if text.lower() in ("", "null", "~"):
         return None
@@ -144,28 +166,24 @@ def _is_float(text: str) -> bool:
     return bool(_FLOAT.fullmatch(text)) and math.isfinite(float(text))
 
 
-def coerce_text(key: str, default: Any, text: str, where: str) -> Any:
-    """`text`, as it was typed, as the type of `default`; lists and dicts are YAML flow text."""
+def coerce_text(key: str, text: str, where: str) -> Any:
+    """`text`, as it was typed, as the type of `key`; lists and mappings are YAML flow text."""
     node = None
-    if isinstance(default, list | dict):
+    if KEYS[key].type in (list, dict):
         node = _compose(text, f"{where}: {key}")
-    return coerce(key, default, node or yaml.ScalarNode("", text), where)
+    return coerce(key, node or yaml.ScalarNode("", text), where)
 
 
-def coerce(key: str, default: Any, node: yaml.Node, where: str) -> Any:
-    """`node` as the type of `default`; ConfigError names place, key, expected type and value."""
-    kind = type(default)
-    expected = _EXPECTED[kind]
+def coerce(key: str, node: yaml.Node, where: str) -> Any:
+    """`node` as the type of `key`; ConfigError names place, key, expected type and value."""
+    kind = KEYS[key].type
     if kind in (list, dict):
-        value = construct(node, where)
-        expected, holds = _ELEMENTS.get(key, (expected, lambda _: True))
-        if type(value) is kind and holds(value):
-            return value
-        raise ConfigError(f"{where}: {key} must be {expected}, not {value!r}")
+        return _collection(key, construct(node, where), where)
+    expected = _EXPECTED[kind]
     if not isinstance(node, yaml.ScalarNode):
-        raise ConfigError(f"{where}: {key} must be {expected}, not {construct(node, where)!r}")
+        raise ConfigError(f"{where}: {key} must be {expected}, not {shown(construct(node, where))}")
     text = node.value
-    if kind is str:
+    if kind is str and is_unicode(text):
         return text
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -176,16 +194,43 @@ def coerce(key: str, default: Any, node: yaml.Node, where: str) -> Any:
     hint = ""
     if kind is bool and text.lower() in _TRUE_ELSEWHERE + _FALSE_ELSEWHERE:
         hint = f"; write {'true' if text.lower() in _TRUE_ELSEWHERE else 'false'}"
-    raise ConfigError(f"{where}: {key} must be {expected}, not {text!r}{hint}")
+    raise ConfigError(f"{where}: {key} must be {expected}, not {shown(text)}{hint}")
 
 
-class Dumper(yaml.SafeDumper):
-    """Quotes what `_plain` would not read back as the same text."""
+def _collection(key: str, value: Any, where: str) -> Any:
+    kind = KEYS[key].type
+    expected, holds = _ELEMENTS.get(KEYS[key].elements, (_EXPECTED[kind], lambda _: True))
+    if type(value) is kind and holds(value):
+        return value
+    raise ConfigError(f"{where}: {key} must be {expected}, not {shown(value)}")
 
 
-def _represent_str(dumper: Dumper, text: str) -> yaml.Node:
-    style = None if _plain(text) == text else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+def is_unicode(text: str) -> bool:
+    """False for the lone surrogates by which Python stands for bytes that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-Dumper.add_representer(str, _represent_str)
+def _all(kind: type) -> Callable[[list], bool]:
+    return lambda items: all(type(item) is kind for item in items)
+
+
+def _are_axis_rules(items: list) -> bool:
+    return all(
+        type(rule) is list
+        and len(rule) == 2
+        and type(rule[0]) is str
+        and type(rule[1]) is list
+        and _all(str)(rule[1])
+        for rule in items
+    )
+
+
+# What a list's elements must be, by the name that the table of keys has for them.
+_ELEMENTS = {
+    "integers": ("a list of integers such as [1, 13, 24]", _all(int)),
+    "names": ("a list of names such as [data, fsdp, tensor]", _all(str)),
+    "axis rules": (
+        "a list of [logical axis, [mesh axes]] such as [[target_mlp, [tensor]]]",
+        _are_axis_rules,
+    ),
+}

@@ -2,16 +2,13 @@
 
     base.yml < models/<model_name>.yml < (the run's config.yml) < M_<KEY> < key=value
 
-base.yml is the schema: its keys are all the keys there are, and a default's type is its key's type.
-YAML is read as text and coerced here, because YAML's own guesses turn `3e-4` into a string, `on`
-into True and `1:30` into 90 (config_yaml.py). Every mistake stops the run before any device is
-touched; what a key may hold, and what keys may hold together, stands in config_checks.py.
+base.yml holds every key there is with its default and a comment, config_keys.py what each key may
+hold, config_layers.py reads each of the places above, and config_checks.py says which values cannot
+stand together. Every mistake stops the run before any device is touched.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,32 +18,13 @@ from typing import Any
 
 import yaml
 
-from MaxDraft import config_checks, config_yaml, storage
+from MaxDraft import config_checks, config_layers, config_yaml, storage
+from MaxDraft.config_layers import Values, is_file
 from MaxDraft.config_yaml import ConfigError, nearest, stop_on
 
 __all__ = ["SAVED_NAME", "Config", "ConfigError", "differences", "initialize", "read_saved"]
 
-SCHEMA_PATH = Path(__file__).resolve().parent.parent / "configs" / "base.yml"
 SAVED_NAME = "config.yml"
-ENVIRONMENT_PREFIX = "M_"
-
-# What belongs to one run or one machine; a model file that set it would decide for everybody.
-NOT_IN_MODEL_FILES = (
-    "model_name",
-    "run_name",
-    "base_output_directory",
-    "target_path",
-    "tokenizer_path",
-    "grain_train_files",
-    "grain_eval_files",
-    "load_parameters_path",
-    "export_path",
-    "distributed_coordinator",
-    "distributed_num_processes",
-    "distributed_process_id",
-)
-
-Values = dict[str, Any]
 
 
 class Config:
@@ -110,7 +88,7 @@ class Config:
         """YAML text that `read_saved` reads back to exactly these values."""
         return f"# The resolved configuration of run {self.run_name!r}.\n" + yaml.dump(
             self.as_dict(),
-            Dumper=config_yaml.Dumper,
+            Dumper=_Dumper,
             sort_keys=False,
             default_flow_style=None,
             allow_unicode=True,
@@ -129,7 +107,6 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     base_output_directory and run_name, stands between the model file and the environment.
     reads_files: False where neither target nor data is read, so that neither need be named.
     """
-    schema = _schema()
     if len(argv) < 2 or "=" in argv[1]:
         program = argv[0] if argv else "MaxDraft/train.py"
         raise ConfigError(
@@ -137,16 +114,10 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
             f"python3 {program} configs/base.yml key=value ..."
         )
     base_path = Path(argv[1])
-    base = _from_base_file(base_path, schema)
-    environment = _from_environment(schema)
-    command_line = _from_command_line(argv[2:], schema)
-    stop_on(
-        f"{key}: environment {ENVIRONMENT_PREFIX}{key.upper()} says {environment[key]!r}, the "
-        f"command line {command_line[key]!r}; remove one of them"
-        for key in command_line
-        if key in environment and environment[key] != command_line[key]
-    )
-
+    base = config_layers.from_base_file(base_path)
+    environment = config_layers.from_environment()
+    command_line = config_layers.from_command_line(argv[2:])
+    stop_on(config_layers.contradictions(environment, command_line))
     given = environment | command_line
     located = base | given
     model_name, output = located["model_name"], located["base_output_directory"]
@@ -161,7 +132,7 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
                 f"run {run_name!r} was made with model_name={model_name}, not "
                 f"{given['model_name']}; leave model_name out, or give another run_name"
             )
-    model = _from_model_file(base_path.parent / "models", model_name, schema)
+    model = config_layers.from_model_file(base_path.parent / "models", model_name)
 
     values = base | model | saved | given
     # The folder that was asked for decides, also where a run was moved after it was written.
@@ -175,7 +146,7 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     }
     stop_on(
         problem + _origins(problem, layers)
-        for problem in config_checks.impossible_combinations(values, reads_files)
+        for problem in config_checks.impossible_combinations(values, given, reads_files)
     )
     return Config(values)
 
@@ -184,14 +155,14 @@ def read_saved(run_directory: str | os.PathLike) -> Values:
     """The values in the config.yml of a run; ConfigError where there is none."""
     run_directory = Path(run_directory)
     path = run_directory / SAVED_NAME
-    if not path.is_file():
+    if not is_file(path):
         runs = sorted(found.parent.name for found in run_directory.parent.glob(f"*/{SAVED_NAME}"))
         raise ConfigError(
             f"no run at {run_directory}: it has no {SAVED_NAME}. Type run_name=NAME and "
             f"base_output_directory=FOLDER as train.py was given them; runs in "
             f"{run_directory.parent}: {', '.join(runs) or 'none'}"
         )
-    return _from_file(path, _schema())
+    return config_layers.from_file(path)
 
 
 def differences(run: Mapping[str, Any], now: Mapping[str, Any], ignore: set[str]) -> list[str]:
@@ -219,103 +190,6 @@ def _origins(problem: str, layers: Mapping[str, Values]) -> str:
     return f" ({'; '.join(place for place in found if place)})"
 
 
-# ------------------------------------------------------------------------------------ the layers
-@functools.cache
-def _schema() -> Mapping[str, Any]:
-    """Key -> default of the base.yml that belongs to this code; the default's type is the key's."""
-    return MappingProxyType(
-        {k: config_yaml.construct(node, k) for k, _, node in config_yaml.read_keys(SCHEMA_PATH)}
-    )
-
-
-def _from_file(path: Path, schema: Mapping[str, Any]) -> Values:
-    values, problems = {}, []
-    for key, line, node in config_yaml.read_keys(path):
-        where = f"{path}:{line}"
-        if key not in schema:
-            problems.append(f"{where}: unknown key {key!r}{nearest(key, schema)}")
-            continue
-        try:
-            values[key] = config_yaml.coerce(key, schema[key], node, where)
-        except ConfigError as error:
-            problems.append(str(error))
-    stop_on(problems)
-    return values
-
-
-def _from_base_file(path: Path, schema: Mapping[str, Any]) -> Values:
-    if not path.is_file():
-        raise ConfigError(f"there is no configuration file {path}; pass {SCHEMA_PATH}")
-    if path.samefile(SCHEMA_PATH):
-        return dict(schema)
-    values = _from_file(path, schema)
-    missing = [key for key in schema if key not in values]
-    if missing:
-        raise ConfigError(
-            f"{path} lacks {', '.join(missing)}: pass {SCHEMA_PATH} or a whole copy of it, "
-            f"and what differs as key=value"
-        )
-    return values
-
-
-def _from_model_file(folder: Path, name: str, schema: Mapping[str, Any]) -> Values:
-    known = sorted(path.stem for path in folder.glob("*.yml"))
-    if name not in known:
-        raise ConfigError(
-            f"model_name: there is no {name!r} in {folder}{nearest(name, known)}; "
-            f"known: {', '.join(known) or 'none'}"
-        )
-    path = folder / f"{name}.yml"
-    values = _from_file(path, schema)
-    stop_on(
-        f"{path}: {key} belongs to one run, not to a model; give it on the command line"
-        for key in values
-        if key in NOT_IN_MODEL_FILES
-    )
-    return values
-
-
-def _from_environment(schema: Mapping[str, Any]) -> Values:
-    values, problems = {}, []
-    for name in sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)):
-        spelled = name.removeprefix(ENVIRONMENT_PREFIX)
-        key = spelled.lower()
-        if key not in schema or spelled != key.upper():
-            # Other programs have M_ variables too, so only a near miss is taken for a mistake.
-            near = difflib.get_close_matches(key, schema, n=1, cutoff=0.8)
-            if near:
-                right = ENVIRONMENT_PREFIX + near[0].upper()
-                problems.append(f"environment {name}: did you mean {right}? Rename or unset it")
-            continue
-        try:
-            values[key] = config_yaml.coerce_text(
-                key, schema[key], os.environ[name], f"environment {name}"
-            )
-        except ConfigError as error:
-            problems.append(str(error))
-    stop_on(problems)
-    return values
-
-
-def _from_command_line(arguments: Sequence[str], schema: Mapping[str, Any]) -> Values:
-    values, problems = {}, []
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            problems.append(f"command line: {argument!r} is not key=value (no spaces around =)")
-        elif key not in schema:
-            problems.append(f"command line: unknown key {key!r}{nearest(key, schema)}")
-        elif key in values:
-            problems.append(f"command line: {key} is given twice; keep one")
-        else:
-            try:
-                values[key] = config_yaml.coerce_text(key, schema[key], text, "command line")
-            except ConfigError as error:
-                problems.append(str(error))
-    stop_on(problems)
-    return values
-
-
 def _absolute(path: str) -> Path:
     return Path(path).expanduser().absolute()
 
@@ -330,3 +204,18 @@ def _thaw(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _thaw(child) for key, child in value.items()}
     return [_thaw(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `config_yaml.plain` would not read back as the same text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # a value that stands in two places is written twice: aliases are not read
+
+
+def _represent_str(dumper: _Dumper, text: str) -> yaml.Node:
+    style = None if config_yaml.plain(text) == text else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)

@@ -24,6 +24,13 @@ import pytest  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    """Variables M_<KEY> of whoever runs the tests would change the configurations in them."""
+    for name in [name for name in os.environ if name.startswith("M_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
     """Compiled programs of a module go when it ends.

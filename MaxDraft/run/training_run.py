@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import pyconfig, sharding, storage
-from MaxDraft.checkpointing import Checkpoints, ResumeError, may_change
+from MaxDraft.checkpointing import Checkpoints, ResumeError
+from MaxDraft.config_keys import may_change_on_resume
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
@@ -197,7 +198,7 @@ def make_run_directory(config: Config) -> None:
     if begun and (folder / pyconfig.SAVED_NAME).is_file():
         before, now = pyconfig.read_saved(folder), config.as_dict()
         lines = pyconfig.differences(
-            before, now, {key for key in now.keys() | before.keys() if may_change(key)}
+            before, now, {key for key in now.keys() | before.keys() if may_change_on_resume(key)}
         )
         if lines:
             raise ResumeError(
