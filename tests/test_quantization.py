@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from MaxDraft.convert.loading import load_parameters
-from MaxDraft.convert.safetensors_files import INDEX, SINGLE, CheckpointError, open_safetensors
+from MaxDraft.convert.safetensors_files import INDEX, SINGLE, open_safetensors
+from MaxDraft.convert.stored_tensor import CheckpointError
 from MaxDraft.convert.target.checkpoint import load_target, target_memory, unused_tensors
 from MaxDraft.convert.target.quantization import check_quantization, pair
 from MaxDraft.convert.target.quantized_params import dequantized, keep_quantized

@@ -15,7 +15,7 @@ import pytest
 from harness import relative_error
 from safetensors.numpy import save_file
 
-from MaxDraft.convert.safetensors_files import CheckpointError
+from MaxDraft.convert.stored_tensor import CheckpointError
 from MaxDraft.convert.target.checkpoint import (
     load_target,
     open_weights,

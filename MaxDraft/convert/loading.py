@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, will_need
+from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor, will_need
 from MaxDraft.convert.target.quantization import (
     Fp8Tensor,
     Index,

@@ -14,12 +14,8 @@ from typing import Any
 import numpy as np
 
 from MaxDraft.convert.loading import find_layout, listed, load_parameters, tensor_names
-from MaxDraft.convert.safetensors_files import (
-    CheckpointError,
-    StoredTensor,
-    open_safetensors,
-    read_json,
-)
+from MaxDraft.convert.safetensors_files import open_safetensors, read_json
+from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor
 from MaxDraft.convert.target.quantization import (
     Mxfp4Tensor,
     WeightTensor,
@@ -84,7 +80,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", nan=True)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object of fields")
     return config

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from MaxDraft.convert.safetensors_files import DTYPES, CheckpointError, StoredTensor
+from MaxDraft.convert.stored_tensor import DTYPES, CheckpointError, StoredTensor
 from MaxDraft.layers.params import Part, TensorLayout
 
 FP8 = ("F8_E4M3", "F8_E5M2")
