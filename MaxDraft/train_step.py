@@ -106,7 +106,7 @@ class Programs:
 
 
 def attention_kernel(config: Config, mesh: Mesh) -> str:
-    """-> one of attention_keys.KERNELS; ConfigError where the mesh's devices have no such."""
+    """-> one of attention.IMPLEMENTATIONS; ConfigError where the mesh's devices have no such."""
     if config.attention_kernel == "xla":
         return "xla"
     platform = mesh.devices.flat[0].platform

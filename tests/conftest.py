@@ -61,3 +61,20 @@ def job(whole, tmp_path):
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / name)
     return Job(tmp_path)
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch):
+    """The attention kernels run as jax operations on any device, as Pallas interprets them."""
+    import functools
+    import types
+
+    from MaxDraft.layers import attention
+
+    for name in ("tpu", "gpu"):
+        kernel = attention.IMPLEMENTATIONS[name]
+        passes = {
+            part: functools.partial(getattr(kernel, part), interpret=True)
+            for part in ("forward", "backward")
+        }
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, name, types.SimpleNamespace(**passes))

@@ -1,4 +1,6 @@
-"""Attention in blocks and over a cache equals a dense softmax, and so do its gradients."""
+"""Blockwise attention and attention over a cache equal a dense softmax; so do the gradients.
+
+The kernels of layers/experimental are interpreted here, as jax operations on the CPU."""
 
 import re
 
@@ -11,9 +13,9 @@ import pytest
 from MaxDraft.layers.attention import (
     cached_attention,
     document_starts,
-    joined,
+    interval_attention,
+    merge_own_keys,
     packed_attention,
-    row_attention,
 )
 from MaxDraft.layers.attention_keys import Keys, Scoring
 
@@ -63,12 +65,13 @@ def dense(q, k, v, own_k=None, own_v=None):
     return out
 
 
-KERNELS = ("xla", "tpu_interpreted", "gpu_interpreted")
+KERNELS = ("xla", "tpu", "gpu")
+interpreted = pytest.mark.usefixtures("interpreted_kernels")
 
 
-def fitting(block, kernel):
-    """A GPU's blocks are powers of two, of 16 up."""
-    return (16 if block < 32 else 64) if kernel == "gpu_interpreted" else block
+def block_for(kernel, block):
+    """The blocks of a GPU's kernel are powers of two from 16 up."""
+    return (16 if block < 32 else 64) if kernel == "gpu" else block
 
 
 ROWS = jnp.broadcast_to(jnp.arange(SEGMENTS.shape[1]), SEGMENTS.shape)
@@ -77,10 +80,10 @@ ROWS = jnp.broadcast_to(jnp.arange(SEGMENTS.shape[1]), SEGMENTS.shape)
 def attended(q, k, v, own, block, kernel, gradients=None):
     """Every row as the rollout attends: step-0 keys, then its own [B, T, J, M, d]; gradients."""
     first = document_starts(jnp.asarray(SEGMENTS))
-    keys = Keys.of(k, v, fitting(block, kernel), kernel=kernel)
-    out, log_sum, gradients = row_attention(q, keys, gradients, first, ROWS)
+    keys = Keys.from_arrays(k, v, block_for(kernel, block), kernel=kernel)
+    out, logsumexp, gradients = interval_attention(q, keys, gradients, first, ROWS)
     if own:
-        out = joined(out, log_sum, q, *(jnp.moveaxis(x, 2, 0) for x in own))
+        out = merge_own_keys(out, logsumexp, q, *(jnp.moveaxis(x, 2, 0) for x in own))
     return out, gradients
 
 
@@ -91,6 +94,7 @@ def narrow(arrays):
 @pytest.mark.parametrize("own_keys", [0, 1, 3, 6])
 @pytest.mark.parametrize(("block", "num_kv_heads"), [(5, 2), (6, 1), (18, 4), (100, 2)])
 @pytest.mark.parametrize("kernel", KERNELS)
+@interpreted
 def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_heads, kernel):
     arrays = make(own_keys, num_kv_heads)
     expected = [
@@ -101,7 +105,7 @@ def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_h
     ours, _ = attended(q, k, v, own, block, kernel)
     assert harness.relative_error(ours, np.stack(expected)) < TOLERANCE
     if not own_keys:
-        block = fitting(block, kernel)
+        block = block_for(kernel, block)
         same = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block, kernel=kernel)
         np.testing.assert_array_equal(same, ours)
 
@@ -109,6 +113,7 @@ def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_h
 @pytest.mark.parametrize("own_keys", [0, 3, 6])
 @pytest.mark.parametrize(("block", "num_kv_heads"), [(5, 2), (6, 1), (100, 4)])
 @pytest.mark.parametrize("kernel", KERNELS)
+@interpreted
 def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_heads, kernel):
     arrays = make(own_keys, num_kv_heads)
     direction = np.random.default_rng(1).normal(size=arrays[0].shape)
@@ -123,7 +128,7 @@ def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_head
 
     q, k, v, *own = narrow(arrays)
 
-    zeros = Keys.of(k, v, fitting(block, kernel), kernel=kernel).zeros()
+    zeros = Keys.from_arrays(k, v, block_for(kernel, block), kernel=kernel).zeros()
     _, pull_back = jax.vjp(
         lambda *args: attended(args[0], k, v, args[1], block, kernel, args[2]), q, own, zeros
     )
@@ -147,7 +152,8 @@ SCORINGS = {
 @pytest.mark.parametrize("name", SCORINGS)
 @pytest.mark.parametrize("block", [5, 100])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, block, kernel):
+@interpreted
+def test_target_attention_gradients_equal_dense_ones(name, block, kernel):
     scoring, with_sinks = SCORINGS[name]
     arrays = [*make(0), np.random.default_rng(2).normal(size=4)]
     direction = np.random.default_rng(1).normal(size=arrays[0].shape)
@@ -177,7 +183,7 @@ def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, bl
     def ours(q, k, v, sinks):
         given = {"scoring": scoring, "positions": jnp.asarray(positions), "kernel": kernel}
         given["sinks"] = sinks if with_sinks else None
-        out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), fitting(block, kernel), **given)
+        out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block_for(kernel, block), **given)
         return (out * direction).sum().astype(jnp.float32)
 
     with jax.enable_x64(True):
@@ -191,29 +197,31 @@ def test_gradients_of_the_targets_attention_equal_dense_ones_in_float64(name, bl
 
 @pytest.mark.parametrize("block", [1, 4, 7, 32])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_of_any_order_see_their_interval_of_keys_and_nothing_else(block, kernel):
+@interpreted
+def test_queries_in_any_order_see_their_interval_only(block, kernel):
     rng = np.random.default_rng(3)
     R, T, N, M, d = 13, 17, 4, 2, 6
     q, k, v = (rng.normal(size=(1, n, h, d)) for n, h in ((R, N), (T, M), (T, M)))
     first = rng.integers(0, T, (1, R))
     last = np.minimum(first + rng.integers(-3, 9, (1, R)), T - 1)  # some see nothing
     assert (last < first).any()
-    keys = Keys.of(*narrow([k, v]), fitting(block, kernel), kernel=kernel)
-    out, log_sum, _ = row_attention(*narrow([q]), keys, None, first, last)
+    keys = Keys.from_arrays(*narrow([k, v]), block_for(kernel, block), kernel=kernel)
+    out, logsumexp, _ = interval_attention(*narrow([q]), keys, None, first, last)
     for i, n in np.ndindex(R, N):
         seen = np.s_[0, first[0, i] : last[0, i] + 1, n // 2]
         scores = np.exp(k[seen] @ q[0, i, n] / np.sqrt(d))
         if len(scores):
             expected = scores @ v[seen] / scores.sum()
             np.testing.assert_allclose(out[0, i, n], expected, rtol=1e-5, atol=1e-6)
-            assert float(log_sum[0, i, n]) == pytest.approx(np.log(scores.sum()), abs=1e-5)
+            assert float(logsumexp[0, i, n]) == pytest.approx(np.log(scores.sum()), abs=1e-5)
         else:
             assert not np.asarray(out[0, i, n]).any()
-            assert log_sum[0, i, n] < -1e20
+            assert logsumexp[0, i, n] < -1e20
 
 
 @pytest.mark.parametrize("kernel", KERNELS[1:])
-def test_many_blocks_of_rows_in_any_order_add_to_the_gradients_that_are_there(kernel):
+@interpreted
+def test_blocks_of_queries_add_to_gradients_so_far(kernel):
     rng = np.random.default_rng(4)
     R, T, d, dv = 200, 700, 20, 40  # several blocks of a GPU's 64 in one of Keys
     q, k, v = narrow(rng.normal(size=(2, *shape)) for shape in ((R, 4, d), (T, 2, d), (T, 2, dv)))
@@ -221,22 +229,25 @@ def test_many_blocks_of_rows_in_any_order_add_to_the_gradients_that_are_there(ke
     last = jnp.minimum(first + rng.integers(-5, 300, (2, R)), T - 1)
     results = []
     for name, block in (("xla", 64), (kernel, 256)):
-        keys = Keys.of(k, v, block, kernel=name)
+        keys = Keys.from_arrays(k, v, block, kernel=name)
         there = jax.tree.map(jnp.ones_like, keys.zeros())
-        attend = jax.vjp(lambda q, g, keys=keys: row_attention(q, keys, g, first, last), q, there)
-        (out, log_sum, _), pull_back = attend
-        some = (log_sum > -1e20).astype(jnp.float32)
-        d_q, gradients = pull_back((jnp.cos(out), some * jnp.sin(log_sum), there))
-        results.append((out, some * log_sum, d_q, *gradients.arrays(T)))
+        attend = jax.vjp(
+            lambda q, g, keys=keys: interval_attention(q, keys, g, first, last), q, there
+        )
+        (out, logsumexp, _), pull_back = attend
+        some = (logsumexp > -1e20).astype(jnp.float32)
+        d_q, gradients = pull_back((jnp.cos(out), some * jnp.sin(logsumexp), there))
+        results.append((out, some * logsumexp, d_q, *gradients.arrays(T)))
     for mine, theirs in zip(*results, strict=True):
         assert harness.relative_error(mine, theirs) < TOLERANCE
 
 
-def test_blocks_that_a_gpus_do_not_divide_are_an_error():
+@interpreted
+def test_blocks_a_gpu_cannot_divide_are_an_error():
     q, k = jnp.zeros((1, 4, 2, 16)), jnp.zeros((1, 200, 2, 16))
     rows = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="blocks of 100 keys"):
-        row_attention(q, Keys.of(k, k, 100, kernel="gpu_interpreted"), None, rows, rows)
+        interval_attention(q, Keys.from_arrays(k, k, 100, kernel="gpu"), None, rows, rows)
 
 
 @pytest.mark.parametrize(("group", "d", "dv"), [(1, 128, 128), (4, 64, 64), (16, 192, 128)])
@@ -264,24 +275,26 @@ def test_the_kernels_lower_for_their_device(kernel, platform, call, dtype, group
     lowered = lower(jax.grad(total, (0, 1, 2)), *arrays)
     assert len(re.findall(call, lowered)) == 3  # forward, queries, keys
 
-    def of_rows(q, k, v, first, last):
-        keys = Keys.of(k, v, 256, 600, kernel)
-        _, pull_back = jax.vjp(lambda *x: row_attention(*x, first, last), q, keys, keys.zeros())
+    def of_intervals(q, k, v, first, last):
+        keys = Keys.from_arrays(k, v, 256, 600, kernel)
+        _, pull_back = jax.vjp(
+            lambda *x: interval_attention(*x, first, last), q, keys, keys.zeros()
+        )
         return pull_back((q[..., :dv], jnp.ones(q.shape[:3]), keys.zeros()))[::2]
 
     arrays = [x.update(shape=(1, *x.shape[1:])) for x in arrays[:3]]
     arrays += 2 * [jax.ShapeDtypeStruct((1, 600), jnp.int32)]
-    lowered = lower(of_rows, *arrays)
+    lowered = lower(of_intervals, *arrays)
     assert len(re.findall(call, lowered)) == 3
 
 
-def test_scores_that_overflow_an_unshifted_softmax_stay_finite():
+def test_large_scores_do_not_overflow_the_softmax():
     q, k, v = make(0)
     ours = packed_attention(*narrow([100 * q, 100 * k, v]), jnp.asarray(SEGMENTS), 5)
     assert np.isfinite(ours).all()
 
 
-def test_scores_of_half_precision_inputs_are_kept_in_float32():
+def test_scores_of_bfloat16_inputs_are_float32():
     # Scores 64 and 64.25 are one number in bfloat16, which would weigh both keys alike.
     q = jnp.asarray([[1, 1, 0, 0], [1, 1, 0, 0]], jnp.bfloat16).reshape(1, 2, 1, 4)
     k = jnp.asarray([[128, 0, 0, 0], [128, 0.5, 0, 0]], jnp.bfloat16).reshape(1, 2, 1, 4)

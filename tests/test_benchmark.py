@@ -87,10 +87,10 @@ def opened(*changes, tokens="all"):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "products", "block"),
-    [("xla", 7, 16), ("tpu_interpreted", 9, 32), ("gpu_interpreted", 9, 32)],
+    [("xla", 7, 16), ("tpu", 9, 32), ("gpu", 9, 32)],
 )
 def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
-    kernel, products, block, monkeypatch
+    kernel, products, block, monkeypatch, interpreted_kernels
 ):
     monkeypatch.setattr(train_step, "attention_kernel", lambda *_: kernel)
     said = opened(
@@ -106,7 +106,7 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
     # seven products instead of six, or nine in two kernels. Each block of rows makes its teachers'
     # logits over the draft vocabulary, K - 1 of them for the next block too.
     # A GPU's kernels make heads of 8 16 wide.
-    wide = 2 if kernel == "gpu_interpreted" else 1
+    wide = 2 if kernel == "gpu" else 1
     parts["target attention"] *= 2 * wide
     parts["draft attention"] *= 2 * wide * products / 6
     parts["teachers"] = 2 * H * D * said["computed_rows"] * (block + K - 1) / block

@@ -35,7 +35,7 @@ class PassDims:
     loss: str  # one of losses.LOSSES
     row_block: int  # R, rows rolled out at a time
     attention_block: int  # rows and keys attended at a time
-    attention_kernel: str = "xla"  # one of attention_keys.KERNELS
+    attention_kernel: str = "xla"  # one of attention.IMPLEMENTATIONS
     softcap: float = 0.0  # of the target's logits; 0: none
 
 
@@ -56,7 +56,7 @@ def judge_rows(
 ) -> RowResults:
     """-> results [K, L] of the judged rows; zeros elsewhere."""
     state, k, v = first_step(params, dims, tokens)
-    keys = Keys.of(k, v, how.attention_block, tokens.length, how.attention_kernel)
+    keys = Keys.from_arrays(k, v, how.attention_block, tokens.length, how.attention_kernel)
     blocks = judgement.blocks
 
     def of_block(i, results):
@@ -73,7 +73,7 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, Tree, RowResults]:
     """-> sum of weights * loss, its gradient, float32 like params, and what judge_rows gives."""
     (state, k, v), pull_back = jax.vjp(lambda params: first_step(params, dims, tokens), params)
-    keys = Keys.of(k, v, how.attention_block, tokens.length, how.attention_kernel)
+    keys = Keys.from_arrays(k, v, how.attention_block, tokens.length, how.attention_kernel)
     blocks = judgement.blocks
 
     def of_block(i, carry):
@@ -118,7 +118,7 @@ def _add_layer(total: Tree, gradient: Tree) -> Tree:
 def _block(
     params: Tree,
     state: jax.Array,  # [R, H]
-    d_keys: Keys | None,  # so far, see row_attention
+    d_keys: Keys | None,  # so far, see interval_attention
     d_head: jax.Array | None,  # so far, see losses.judged
     keys: Keys,
     tokens: Tokens,

@@ -1,23 +1,24 @@
-"""Attention: in blocks for training, over a cache for decoding.
+"""Attention: blockwise for training, over a cache for decoding.
 
-B batch, R rows (queries), T keys, N heads, M key/value heads, G = N / M, d head size.
+B batch, R queries, T keys, N query heads, M key/value heads (GQA), G = N / M, d head size.
 
-What a row sees is an interval of keys, [first, last], since documents lie packed one after the
-other: from the start of its document, of its window or of its chunk, up to itself. So every mask is
-two numbers a row, and a block of keys that no row of a block sees is not computed at all.
+Documents lie packed one after the other, so the keys that a query sees are an interval,
+[first, last]: from the start of its document, of its window or of its chunk, up to itself. Every
+mask is therefore two numbers a query, and a block of keys that no query of a block sees is not
+computed at all.
 
-    out = softmax(q k^T) v        log_sum = log sum exp(q k^T)
+    out = softmax(q k^T) v        logsumexp = log sum exp(q k^T)
 
-Forward and backward walk over blocks of keys (attention_xla.py, or the kernels of attention_tpu.py
-and attention_gpu.py): memory grows with T, never with T * T. `log_sum` joins what a row sees
-elsewhere under the same softmax (`joined`), and has its gradient.
+The softmax is an online one, as in FlashAttention (Milakov & Gimelshein 2018; Dao et al. 2022): the
+forward and the backward pass go over blocks of keys (attention_xla.py has the equations), so that
+memory grows with T, never with T * T. `logsumexp`, which has a gradient too, is what
+`merge_own_keys` needs to put further keys under the same softmax.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,16 @@ from MaxDraft.layers.experimental import attention_gpu, attention_tpu
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.sharding import active_rules, partition_spec, ways
 
+# Modules with a `forward` and a `backward`, by the name that a configuration resolves to.
+IMPLEMENTATIONS = {"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}
+
 
 # ------------------------------------------------------------------------------- packed documents
 def document_starts(segment_ids: jax.Array) -> jax.Array:
     """int [B, T] -> int32 [B, T], where the document of every token begins in its row."""
-    rows = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    begins = jnp.where(segment_ids != before, rows, 0)
+    begins = jnp.where(segment_ids != before, index, 0)
     return jax.lax.cummax(begins, axis=1)
 
 
@@ -49,140 +53,142 @@ def packed_attention(
     scoring: Scoring = PLAIN,
     positions: jax.Array | None = None,  # int [B, T] inside each document; needed for chunks
     sinks: jax.Array | None = None,  # [N] scores that take a share of the softmax and give nothing
-    kernel: str = "xla",  # one of KERNELS
+    kernel: str = "xla",  # of IMPLEMENTATIONS
 ) -> jax.Array:  # [B, T, N, dv]
     """Causal attention inside each document; softmax in float32.
 
-    Under axis rules each device attends with its own heads and batch rows: which blocks of keys are
-    walked over is then its own affair, and no device waits for another inside the walk.
+    Under axis rules each device attends with its own heads and batch rows inside a shard_map: which
+    blocks of keys it goes over is then its own affair, and no device waits for another inside the
+    loop.
     """
-    active, shares, kv_heads = active_rules(), ways("target_heads"), k.shape[2]
+    active, head_shards, kv_heads = active_rules(), ways("target_heads"), k.shape[2]
     attend = functools.partial(_packed_attention, block=block, scoring=scoring)
-    given = [q, k, v, segment_ids, positions, sinks]
     if active is None:
-        return attend(*given, kernel=kernel)
-    if q.shape[2] % shares or max(shares, kv_heads) % min(shares, kv_heads):
+        return attend(q, k, v, segment_ids, positions, sinks, kernel=kernel)
+    if q.shape[2] % head_shards or max(head_shards, kv_heads) % min(head_shards, kv_heads):
         if kernel != "xla":
             warnings.warn(
-                f"{q.shape[2]} heads over {kv_heads} of keys do not divide over {shares} devices: "
-                f"the target attends by XLA, which splits as it can",
+                f"{q.shape[2]} query heads and {kv_heads} key/value heads cannot be split over "
+                f"{head_shards} devices: the target's attention is computed by XLA, which "
+                f"partitions it as it can",
                 stacklevel=2,
             )
-        return attend(*given, kernel="xla")
-    if kv_heads < shares:  # every device needs the one key head that its query heads share
-        k, v = (jnp.repeat(x, shares // kv_heads, axis=2) for x in (k, v))
+        return attend(q, k, v, segment_ids, positions, sinks, kernel="xla")
+    if kv_heads < head_shards:  # every device needs the one key head that its query heads share
+        k, v = (jnp.repeat(x, head_shards // kv_heads, axis=2) for x in (k, v))
     mesh, rules = active
 
     def spec(*axes: str | None) -> PartitionSpec:
         return partition_spec(axes, rules)
 
     heads, tokens = spec("target_batch", None, "target_heads", None), spec("target_batch", None)
-    given[1:3] = k, v
+    arrays = [q, k, v, segment_ids, positions, sinks]
     specs = [heads, heads, heads, tokens, tokens, spec("target_heads")]
     run = jax.shard_map(
         functools.partial(attend, kernel=kernel),
         mesh=mesh,
-        in_specs=tuple(None if x is None else spec for x, spec in zip(given, specs, strict=True)),
+        in_specs=tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True)),
         out_specs=heads,
         check_vma=False,
     )
-    return run(*given)
+    return run(*arrays)
 
 
 def _packed_attention(
     q, k, v, segment_ids, positions, sinks, block: int, scoring: Scoring, kernel: str
 ):
-    rows = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids.shape)
+    last = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids.shape)
     first = document_starts(segment_ids)
     if scoring.window:
-        first = jnp.maximum(first, rows - scoring.window + 1)
+        first = jnp.maximum(first, last - scoring.window + 1)
     if scoring.chunk:
-        first = jnp.maximum(first, rows - positions % scoring.chunk)
-    out, log_sum = _whole_attention(q, k, v, first, rows, block, scoring, kernel)
+        first = jnp.maximum(first, last - positions % scoring.chunk)
+    out, logsumexp = _self_attention(q, k, v, first, last, block, scoring, kernel)
     if sinks is not None:
-        share = jax.nn.sigmoid(log_sum - sinks.astype(jnp.float32))
+        share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))
         out = out * share[..., None].astype(out.dtype)
     return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _whole_attention(q, k, v, first, last, block: int, scoring: Scoring, kernel: str):
-    """-> out [B, T, N, dv], log_sum float32 [B, T, N]; with gradients to q, k and v."""
-    keys = Keys.of(k, v, block, kernel=kernel)
-    return _walks(keys).forward(q, keys, first, last, scoring)
+def _self_attention(q, k, v, first, last, block: int, scoring: Scoring, kernel: str):
+    """-> out [B, T, N, dv], logsumexp float32 [B, T, N]; with gradients to q, k and v."""
+    keys = Keys.from_arrays(k, v, block, kernel=kernel)
+    return IMPLEMENTATIONS[kernel].forward(q, keys, first, last, scoring)
 
 
-def _whole_attention_forward(q, k, v, first, last, block, scoring, kernel):
-    out = _whole_attention(q, k, v, first, last, block, scoring, kernel)
+def _self_attention_forward(q, k, v, first, last, block, scoring, kernel):
+    out = _self_attention(q, k, v, first, last, block, scoring, kernel)
     return out, (q, k, v, first, last, *out)
 
 
-def _whole_attention_backward(block, scoring, kernel, kept, cotangents):
-    q, k, v, *rest = kept
-    keys = Keys.of(k, v, block, kernel=kernel)
-    d_q, gradients = _walks(keys).backward(q, keys, *rest, *cotangents, keys.zeros(), scoring)
-    d_k, d_v = gradients.arrays(k.shape[1])
+def _self_attention_backward(block, scoring, kernel, residuals, cotangents):
+    q, k, v, *rest = residuals
+    keys = Keys.from_arrays(k, v, block, kernel=kernel)
+    d_q, d_keys = IMPLEMENTATIONS[kernel].backward(
+        q, keys, *rest, *cotangents, keys.zeros(), scoring
+    )
+    d_k, d_v = d_keys.arrays(k.shape[1])
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
-_whole_attention.defvjp(_whole_attention_forward, _whole_attention_backward)
+_self_attention.defvjp(_self_attention_forward, _self_attention_backward)
 
 
-# ------------------------------------------------------------------------------------ any rows
+# ------------------------------------------------------------------------------------ any queries
 @jax.custom_vjp
-def row_attention(
+def interval_attention(
     q: jax.Array,  # [B, R, N, d]
     keys: Keys,
-    gradients: Keys | None,  # float32; None: no gradients are wanted
-    first: jax.Array,  # int [B, R] the keys that a row sees: from this one
+    d_keys: Keys | None,  # float32; None: no gradients are wanted
+    first: jax.Array,  # int [B, R] a query sees the keys from this one
     last: jax.Array,  # int [B, R] to this one, itself included; below `first`: none
 ) -> tuple[jax.Array, jax.Array, Keys | None]:
-    """-> out [B, R, N, d], log_sum float32 [B, R, N], gradients as they came.
+    """-> out [B, R, N, dv], logsumexp float32 [B, R, N], d_keys unchanged.
 
-    Many calls read the same keys. So that each adds to the gradient of all of them in place, and
-    none makes an array of it, the keys' gradient is handed from call to call: forward,
-    `gradients` only passes through; in the backward pass its cotangent is the sum so far.
+    Many calls read the same keys. So that each adds its part to their gradient in place, and none
+    makes a gradient of all keys of its own, that gradient is handed from call to call: the forward
+    pass returns `d_keys` as it is, and in the backward pass its cotangent is the sum so far.
     """
-    return *_walks(keys).forward(q, keys, first, last, PLAIN), gradients
+    return *IMPLEMENTATIONS[keys.kernel].forward(q, keys, first, last, PLAIN), d_keys
 
 
-def _row_attention_forward(q, keys, gradients, first, last):
-    out, log_sum = _walks(keys).forward(q, keys, first, last, PLAIN)
-    return (out, log_sum, gradients), (q, keys, first, last, out, log_sum)
+def _interval_attention_forward(q, keys, d_keys, first, last):
+    out, logsumexp = IMPLEMENTATIONS[keys.kernel].forward(q, keys, first, last, PLAIN)
+    return (out, logsumexp, d_keys), (q, keys, first, last, out, logsumexp)
 
 
-def _row_attention_backward(kept, cotangents):
-    *d_out, so_far = cotangents
-    d_q, gradients = _walks(kept[1]).backward(*kept, *d_out, so_far, PLAIN)
-    return d_q, None, gradients, None, None
+def _interval_attention_backward(residuals, cotangents):
+    q, keys, *rest = residuals
+    d_out, d_logsumexp, sum_so_far = cotangents
+    d_q, d_keys = IMPLEMENTATIONS[keys.kernel].backward(
+        q, keys, *rest, d_out, d_logsumexp, sum_so_far, PLAIN
+    )
+    return d_q, None, d_keys, None, None
 
 
-row_attention.defvjp(_row_attention_forward, _row_attention_backward)
+interval_attention.defvjp(_interval_attention_forward, _interval_attention_backward)
 
 
-def _walks(keys: Keys) -> ModuleType:
-    if keys.kernel == "xla":
-        return attention_xla
-    return attention_tpu if keys.kernel.startswith("tpu") else attention_gpu
-
-
-def joined(
-    out: jax.Array,  # [..., N, d] of row_attention
-    log_sum: jax.Array,  # float32 [..., N]
+def merge_own_keys(
+    out: jax.Array,  # [..., N, d] of interval_attention
+    logsumexp: jax.Array,  # float32 [..., N]
     q: jax.Array,  # [..., N, d]
-    own_k: jax.Array,  # [J, ..., M, d] keys that only this row sees
+    own_k: jax.Array,  # [J, ..., M, d] keys that only this query sees
     own_v: jax.Array,  # [J, ..., M, d]
 ) -> jax.Array:  # [..., N, d]
-    """The same softmax over a row's own keys besides."""
+    """Attention over an interval of keys and a query's own keys, under one softmax."""
     grouped = q.reshape(*q.shape[:-2], own_k.shape[-2], -1, q.shape[-1])
     scores = jnp.einsum("...mgd,j...md->...mgj", grouped, own_k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
-    log_sum = log_sum.reshape(scores.shape[:-1])
-    total = jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, -1))
-    theirs = jnp.exp(log_sum - total)[..., None].astype(out.dtype)
-    own = jnp.exp(scores - total[..., None]).astype(out.dtype)
-    joint = theirs * out.reshape(grouped.shape) + jnp.einsum("...mgj,j...md->...mgd", own, own_v)
-    return joint.reshape(q.shape)
+    logsumexp = logsumexp.reshape(scores.shape[:-1])
+    total = jnp.logaddexp(logsumexp, jax.nn.logsumexp(scores, -1))
+    interval_share = jnp.exp(logsumexp - total)[..., None].astype(out.dtype)
+    own_weights = jnp.exp(scores - total[..., None]).astype(out.dtype)
+    merged = interval_share * out.reshape(grouped.shape) + jnp.einsum(
+        "...mgj,j...md->...mgd", own_weights, own_v
+    )
+    return merged.reshape(q.shape)
 
 
 # ----------------------------------------------------------------------------------- over a cache

@@ -127,7 +127,7 @@ def features(
     capture: Sequence[int],
     dtype: Any,
     block: int,  # queries and keys attended at a time
-    kernel: str = "xla",  # one of attention_keys.KERNELS
+    kernel: str = "xla",  # one of attention.IMPLEMENTATIONS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Packed documents -> embeddings [B, T, H], features [B, T, 3H], final state [B, T, H]."""
     embeddings = embed(params, tokens, dtype)

@@ -47,7 +47,7 @@ class PackedContext:
     positions: jax.Array  # int [B, T]
     segment_ids: jax.Array  # int [B, T]
     block: int  # queries attended at a time
-    kernel: str = "xla"  # one of attention_keys.KERNELS
+    kernel: str = "xla"  # one of attention.IMPLEMENTATIONS
 
     def attend(self, q, k, v, scoring, sinks, cache):
         out = packed_attention(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.eagle3.head import HeadDims
-from MaxDraft.layers.attention import document_starts, joined, row_attention
+from MaxDraft.layers.attention import document_starts, interval_attention, merge_own_keys
 from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.params import Tree
 
@@ -68,7 +68,7 @@ def rollout(
     dims: HeadDims,
     state: jax.Array,  # [R, H] of first_step, at the rows
     keys: Keys,  # of first_step
-    gradients: Keys | None,  # of the keys, see row_attention
+    gradients: Keys | None,  # of the keys, see interval_attention
     tokens: Tokens,
     rows: jax.Array,  # int [R] places in 0..L-1; -1: none
     ttt_length: int,  # K
@@ -81,11 +81,11 @@ def rollout(
         token = jnp.minimum(rows + 1 + k, len(tokens.embeddings) - 1)
         x = eagle3.layer_input(params, dims, tokens.embeddings[token][None], state)
         q = eagle3.queries(params, dims, x, positions + k)
-        attended, log_sum, gradients = row_attention(q, keys, gradients, first, rows[None])
+        attended, log_sum, gradients = interval_attention(q, keys, gradients, first, rows[None])
         if k > 0:
             own = (*own, eagle3.keys_values(params, dims, x, positions + k))
             own_k, own_v = (jnp.stack(part) for part in zip(*own, strict=True))
-            attended = joined(attended, log_sum, q, own_k, own_v)
+            attended = merge_own_keys(attended, log_sum, q, own_k, own_v)
         return eagle3.finish(params, dims, state, attended), own, gradients
 
     state, own, states = state[None], (), []
@@ -109,6 +109,6 @@ def rollout_everywhere(
     tokens = Tokens.of(embeddings, features, positions, segment_ids)
     state, k, v = first_step(params, dims, tokens)
     rows = jnp.arange(len(state), dtype=jnp.int32)
-    keys = Keys.of(k, v, block, tokens.length)
+    keys = Keys.from_arrays(k, v, block, tokens.length)
     states, _ = rollout(params, dims, state, keys, None, tokens, rows, ttt_length)
     return states.reshape(ttt_length, *embeddings.shape)

@@ -1,1 +1,1 @@
-"""Kernels that no chip has run yet."""
+"""What no chip has run yet: tested by interpretation and compiled for its device, but not timed."""
