@@ -12,13 +12,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from MaxDraft import pyconfig
+from MaxDraft import distributed, pyconfig
 from MaxDraft.config_keys import may_change_on_resume
 from MaxDraft.errors import UserError
 from MaxDraft.layers.params import Tree
@@ -243,12 +241,11 @@ class Checkpoints:
 
     def _move_aside(self, step: str) -> None:
         aside = self._folder.parent / f"damaged-checkpoint-{step}"
-        if jax.process_index() == 0:
+        if distributed.is_main_process():
             while aside.exists():
                 aside = aside.with_name(aside.name + "-again")
             (self._folder / step).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside checkpoint {step}")
+        distributed.sync(f"set aside checkpoint {step}")
         self._log(f"checkpoint {step} was moved to {aside}")
 
 

@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see
 
 import jax
 
-from MaxDraft import pyconfig
+from MaxDraft import distributed, pyconfig
 from MaxDraft.convert.engines.report import engine_report
 from MaxDraft.convert.heads.check import check_export
 from MaxDraft.convert.heads.export import export_head, head_config
@@ -39,7 +39,7 @@ def export(run: Run, step: int, params: Tree, vocabulary: DraftVocabulary) -> Pa
     """Writes, checks and describes the export of the head of step `step` -> its folder."""
     folder, target = run.config.export_directory, run.target
     say(f"\nexporting the head of step {step}")
-    params = wiring.gather(params, run.mesh)
+    params = distributed.gather(params, run.mesh)
     if jax.process_index() == 0:
         reports = []
         export_head(

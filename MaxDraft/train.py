@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import jax
 import numpy as np
 
-from MaxDraft import pyconfig
+from MaxDraft import distributed, pyconfig
 from MaxDraft.cost import flops
 from MaxDraft.errors import run_main
 from MaxDraft.evaluate import evaluate, held_out_metrics
@@ -174,7 +174,7 @@ class StopSignal:
         """
         if jax.process_count() > 1 and step % SIGNAL_PERIOD:
             return False
-        return wiring.any_process(self._asked)
+        return distributed.any_process(self._asked)
 
     def all_is_saved(self) -> None:
         """From here on a signal stops at once, and the same command goes on."""

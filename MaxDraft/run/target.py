@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
+from MaxDraft import distributed
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.convert.target.quantization import check_quantization
@@ -45,10 +45,9 @@ def with_embedded_target(config: Config) -> Config:
     if config.target_path:
         return config
     if jax.process_index() == 0:
-        made = ensure_tiny_target(_tiny_folder(config), say)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tiny target")
-        made = ensure_tiny_target(_tiny_folder(config), say)
+        ensure_tiny_target(_tiny_folder(config), say)
+    distributed.sync("tiny target")
+    made = ensure_tiny_target(_tiny_folder(config), say)
     return Config(
         config.as_dict()
         | {

@@ -15,10 +15,9 @@ from pathlib import Path
 import absl.logging
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from MaxDraft import pyconfig, sharding, storage
+from MaxDraft import distributed, pyconfig, sharding, storage
 from MaxDraft.checkpointing import Checkpoints, ResumeError
 from MaxDraft.config_keys import may_change_on_resume
 from MaxDraft.convert.heads import load as head_import
@@ -166,14 +165,12 @@ def _as_json(head_dims: HeadDims) -> Mapping[str, object]:
 
 def start_jax(config: Config) -> None:
     """Settings of the process; on several processes, joins them. Before any other use of jax."""
-    if config.distributed_coordinator == "auto":
-        jax.distributed.initialize()
-    elif config.distributed_coordinator:
-        jax.distributed.initialize(
-            config.distributed_coordinator,
-            config.distributed_num_processes,
-            config.distributed_process_id,
-        )
+    distributed.start(
+        config.distributed_coordinator.removeprefix("auto"),
+        config.distributed_num_processes,
+        config.distributed_process_id,
+        automatic=not getattr(config, "skip_jax_distributed_system", False),
+    )
     absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs is raised too, and told
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.jax_cache_dir:
@@ -255,16 +252,3 @@ def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
         target=target_checkpoint.load_target(target.path, table, placement),
         draft_to_target=replicate(vocabulary.draft_to_target.astype(np.int32)),
     )
-
-
-def gather(tree: Tree, mesh: Mesh) -> Tree:
-    """Whole arrays on every process, as numpy."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(tree))
-
-
-def any_process(asked: bool) -> bool:
-    """Whether `asked` is true in any process; all of them must call it together, and wait."""
-    if jax.process_count() == 1:
-        return asked
-    return bool(multihost_utils.process_allgather(np.array([asked])).any())
