@@ -16,8 +16,8 @@ from MaxDraft.layers import params as parameters
 from MaxDraft.targets import plan, registry
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target import build, corpus, tokenizer, train_target
-from MaxDraft.tiny_target.build import Recipe, ensure_tiny_target
-from MaxDraft.tiny_target.train_target import Training
+from MaxDraft.tiny_target.build import ensure_tiny_target
+from MaxDraft.tiny_target.recipe import Recipe, Training
 
 SMALL = Recipe(
     hidden_size=32,
@@ -48,7 +48,7 @@ def interrupted(tmp_path_factory):
         "from pathlib import Path\n"
         "sys.path.insert(0, 'tests')\n"
         "from test_tiny_target import SMALL\n"
-        "from MaxDraft.tiny_target import ensure_tiny_target\n"
+        "from MaxDraft.tiny_target.build import ensure_tiny_target\n"
         "def log(line):\n"
         "    if 'compiling' in line: os.kill(os.getpid(), signal.SIGKILL)\n"
         "ensure_tiny_target(Path(sys.argv[1]), log, SMALL)\n"

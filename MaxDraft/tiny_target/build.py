@@ -32,7 +32,7 @@ from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets import registry
 from MaxDraft.tiny_target import corpus, tokenizer, train_target
-from MaxDraft.tiny_target.train_target import Training
+from MaxDraft.tiny_target.recipe import Recipe, hf_config
 
 Log = Callable[[str], None]
 
@@ -47,21 +47,6 @@ class TinyTarget:
 
     target_path: Path
     conversations_path: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Sizes of the target and of its training."""
-
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_layers: int = 8  # the fewest for which [1, n//2 - 1, n - 4] leaves every layer its own part
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    vocab_size: int = 2048
-    max_position_embeddings: int = 512
-    conversations: int = -1  # that are kept; -1: all
-    training: Training = dataclasses.field(default_factory=Training)
 
 
 def ensure_tiny_target(folder: Path, log: Log, recipe: Recipe | None = None) -> TinyTarget:
@@ -129,40 +114,6 @@ def _make(folder: Path, recipe: Recipe, log: Log) -> None:
         target / "model.safetensors",
         metadata={"format": "pt"},
     )
-
-
-def hf_config(recipe: Recipe, vocab_size: int) -> dict:
-    """config.json of a Llama; the rotary embedding in both spellings, old and new."""
-    theta = 10000.0
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": recipe.hidden_size,
-        "intermediate_size": recipe.intermediate_size,
-        "num_hidden_layers": recipe.num_layers,
-        "num_attention_heads": recipe.num_heads,
-        "num_key_value_heads": recipe.num_kv_heads,
-        "head_dim": recipe.hidden_size // recipe.num_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": recipe.max_position_embeddings,
-        "rope_theta": theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "pretraining_tp": 1,
-        "use_cache": True,
-        "bos_token_id": tokenizer.SPECIAL_TOKENS.index(tokenizer.TEXT_END),
-        "eos_token_id": tokenizer.SPECIAL_TOKENS.index(tokenizer.TURN_END),
-        "pad_token_id": tokenizer.SPECIAL_TOKENS.index(tokenizer.TEXT_END),
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-    }
 
 
 def _tensors(table: Tree, params: Tree) -> Iterator[tuple[str, np.ndarray]]:

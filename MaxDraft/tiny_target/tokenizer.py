@@ -18,11 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from MaxDraft.tiny_target.corpus import Message
-
-TEXT_END = "<|endoftext|>"  # bos and pad; stands in no conversation
-TURN_START = "<|im_start|>"
-TURN_END = "<|im_end|>"  # eos
-SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END)  # their ids are 0, 1, 2
+from MaxDraft.tiny_target.recipe import SPECIAL_TOKENS, TEXT_END, TURN_END, TURN_START
 
 # No token crosses a word's end. An identifier is one word, underscores and all, so that a name
 # becomes one or two tokens: a small model can look it up, and repeat it.

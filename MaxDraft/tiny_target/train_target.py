@@ -9,7 +9,6 @@ B rows, T tokens of a row, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,6 +22,7 @@ from MaxDraft.layers.params import Tree
 from MaxDraft.targets import decoder
 from MaxDraft.targets.dims import DecoderDims
 from MaxDraft.targets.table import decoder_params
+from MaxDraft.tiny_target.recipe import Training
 from MaxDraft.tiny_target.tokenizer import Encoded
 
 Log = Callable[[str], None]
@@ -31,21 +31,6 @@ Batch = dict[str, np.ndarray]  # tokens, positions, segment_ids int32 and weight
 PACKING_WINDOW = 64  # conversations looked through for one that fills a row
 EMBEDDING_SCALE = 0.5  # standard deviation of an embedding's entries
 HEAD_SCALE = 0.5  # first logits of unrelated tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How long and how hard; every run of the same settings takes the same steps."""
-
-    steps: int = 400
-    rows: int = 4  # B
-    length: int = 192  # T
-    learning_rate: float = 4e-3
-    prompt_weight: float = 0.1  # of prompt tokens; those of answers weigh 1
-    weight_decay: float = 0.1
-    warmup_steps: int = 20
-    seed: int = 0
-    log_every: int = 20
 
 
 def table_of(dims: DecoderDims) -> Tree:
