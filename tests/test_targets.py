@@ -150,6 +150,52 @@ def test_logits_and_features_equal_a_live_transformers_model(name, checkpoint):
     assert max(errors) < TOLERANCE, errors
 
 
+LONG = {  # heads of 128 and scalings of published checkpoints
+    **recipe.CONFIGS["llama"],
+    "head_dim": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 7,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_parity_with_transformers_holds_at_4096_tokens(scaling, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from goldens import make_goldens
+
+    monkeypatch.setitem(recipe.CONFIGS, "long", LONG | {"rope_parameters": scaling})
+    monkeypatch.setattr(recipe, "draw_tokens", functools.partial(recipe.draw_tokens, length=4096))
+    shapes = make_goldens.tensor_shapes("long")
+    folder = recipe.write_checkpoint(tmp_path, recipe.CONFIGS["long"], shapes)
+    theirs = make_goldens.expected("long", make_goldens.transformers_model("long", folder))
+    dims = dims_from_config(read_config(folder))
+    ours = our_row(folder, dims, recipe.draw_tokens("long"), block=512)
+    errors = errors_against(ours, *theirs)
+    assert max(errors) < TOLERANCE, errors
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_of_a_live_checkpoint_is_read_and_no_other(name, checkpoint):
     pytest.importorskip("torch")
