@@ -285,7 +285,7 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
         "model_flops": parts,
         "traced_flops": traced_flops.count(setting.programs.train, *shapes, platform=platform),
     }
-    if config.attention_kernel == "xla":  # kernels choose blocks of their own
+    if config.attention == "blockwise":  # kernels choose blocks of their own
         setting.said |= attention_pairs.computed_by_seen(
             batch["segment_ids"],
             judged,

@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from MaxDraft import distributed, pyconfig
-from MaxDraft.config_keys import may_change_on_resume
 from MaxDraft.errors import UserError
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
@@ -223,9 +222,7 @@ class Checkpoints:
         return state, np.asarray(restored["vocabulary"]["draft_to_target"])
 
     def _check_same_run(self, meta: Mapping[str, Any]) -> None:
-        now = self._config.as_dict()
-        ignore = {key for key in {**now, **meta["config"]} if may_change_on_resume(key)}
-        lines = pyconfig.differences(meta["config"], now, ignore)
+        lines = pyconfig.resume_differences(meta["config"], self._config.as_dict())
         lines += pyconfig.differences(meta["identity"], self._identity, set())
         if lines:
             raise ResumeError(

@@ -13,7 +13,8 @@ from pathlib import Path
 from MaxDraft import config_parallelism
 from MaxDraft.config_keys import KEYS
 from MaxDraft.config_layers import Values, defaults, is_file, is_folder
-from MaxDraft.config_yaml import nearest, shown
+from MaxDraft.config_renames import explain_value
+from MaxDraft.config_yaml import shown
 
 # The one model that makes its own target and data.
 SELF_CONTAINED_MODEL = "tiny"
@@ -82,7 +83,7 @@ def _path_problems(key: str, text: str) -> Iterator[str]:
 def _choices(v: Values) -> Iterator[str]:
     for key, row in KEYS.items():
         if row.choices and v[key] not in row.choices:
-            hint = nearest(v[key], row.choices)
+            hint = explain_value(key, v[key], row.choices)
             yield f"{key} must be {_either(row.choices)}, not {shown(v[key])}{hint}"
 
 
@@ -94,8 +95,10 @@ def _ranges(v: Values) -> Iterator[str]:
 
 def _without_effect(v: Values, given: Values) -> Iterator[str]:
     for key, value in given.items():
-        other, values = KEYS[key].needs or (key, (value,))
-        if v[other] not in values and value != defaults()[key]:
+        if not KEYS[key].needs or value == defaults()[key]:
+            continue
+        other, values = KEYS[key].needs
+        if v[other] not in values:
             needed = " or ".join(f"{other}={value}" for value in values)
             yield (
                 f"{key}={value} has no effect with {other}={v[other]}; leave it out, or give "
@@ -174,4 +177,5 @@ def _path(text: str) -> Path:
 
 
 def _either(choices: tuple[str, ...]) -> str:
-    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+    names = [choice or "empty" for choice in choices]
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]

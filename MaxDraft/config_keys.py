@@ -77,6 +77,12 @@ def _path(**row: Any) -> Key:
     return Key(str, path=True, model_file=False, **row)
 
 
+def _profiler_steps(low: int) -> Key:
+    """A longer trace is too large for the programs that show it."""
+    steps = Range(low, 1_000)
+    return Key(int, range=steps, resume=True, model_file=False, needs=("profiler", ("xplane",)))
+
+
 def _parallelism() -> Key:
     return Key(int, range=PARALLELISM, resume=True)
 
@@ -107,14 +113,15 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "ttt_loss_decay": Key(float, range=Range(0, 1, low_is_open=True)),
         "loss": Key(str, choices=("kl", "lk_hybrid", "lk_alpha")),
         "loss_alignment": Key(str, choices=("serving", "specforge")),
-        "loss_denominator": Key(str, choices=("counted", "specforge")),
+        "loss_denominator": Key(str, choices=("supervised", "specforge")),
         "dtype": Key(str, choices=("bfloat16", "float32")),
         "matmul_precision": Key(str, choices=("default", "high", "highest")),
+        "attention": Key(str, choices=("blockwise", "pallas"), resume=True),
         "attention_block_size": Key(int, range=TOKENS, resume=True),
-        "attention_kernel": Key(str, choices=("xla", "pallas"), resume=True),
         "vocab_block_size": Key(int, range=TOKENS, resume=True),
         "rollout_block_size": Key(int, range=TOKENS, resume=True),
         # data
+        "dataset_type": Key(str, choices=("grain",)),
         "grain_train_files": Key(str, resume=True, model_file=False),
         "grain_eval_files": Key(str, resume=True, model_file=False),
         "eval_fraction": Key(float, range=BELOW_ONE),
@@ -133,19 +140,20 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "num_epoch": Key(int, range=Range(1, 100_000), needs=("steps", (-1,))),
         "per_device_batch_size": Key(int, range=BATCH, resume=True),
         "gradient_accumulation_steps": Key(int, range=BATCH, resume=True),
-        "optimizer": Key(str, choices=("adamw", "muon")),
+        "opt_type": Key(str, choices=("adamw", "muon")),
         "learning_rate": Key(float, range=Range(0, 100, low_is_open=True)),
-        "learning_rate_schedule": Key(str, choices=("cosine", "wsd")),
+        "lr_schedule_type": Key(str, choices=("cosine", "wsd")),
+        "learning_rate_final_fraction": Key(float, range=FRACTION),
         "warmup_steps_fraction": Key(float, range=BELOW_ONE),
-        "decay_steps_fraction": Key(
-            float, range=BELOW_ONE, needs=("learning_rate_schedule", ("wsd",))
+        "wsd_decay_steps_fraction": Key(
+            float, range=BELOW_ONE, needs=("lr_schedule_type", ("wsd",))
         ),
         "gradient_clipping_threshold": Key(float, range=Range(0, 1_000_000_000)),
         "adam_b1": Key(float, range=BELOW_ONE),
         "adam_b2": Key(float, range=BELOW_ONE),
         "adam_eps": Key(float, range=Range(0, 1, low_is_open=True)),
         "adam_weight_decay": Key(float, range=Range(0, 100)),
-        "muon_beta": Key(float, range=BELOW_ONE, needs=("optimizer", ("muon",))),
+        "muon_beta": Key(float, range=BELOW_ONE, needs=("opt_type", ("muon",))),
         "abort_on_nan_loss": Key(bool, resume=True),
         "eval_interval": Key(int, range=STEPS_OR_ALL, resume=True),
         "eval_steps": Key(int, range=STEPS_OR_ALL, resume=True),
@@ -160,6 +168,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "dcn_expert_parallelism": _parallelism(),
         "dcn_tensor_parallelism": _parallelism(),
         "logical_axis_rules": Key(list, elements="axis rules", resume=True),
+        "skip_jax_distributed_system": Key(
+            bool, resume=True, model_file=False, needs=("distributed_coordinator", ("",))
+        ),
         "distributed_coordinator": Key(str, resume=True, model_file=False),
         "distributed_num_processes": Key(
             int, range=Range(1, 1_000_000), resume=True, model_file=False
@@ -179,6 +190,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "log_period": Key(int, range=STEPS, resume=True),
         "metrics_file": Key(str, resume=True),
         "enable_tensorboard": Key(bool, resume=True),
+        "profiler": Key(str, choices=("", "xplane"), resume=True, model_file=False),
+        "skip_first_n_steps_for_profiler": _profiler_steps(low=0),
+        "profiler_steps": _profiler_steps(low=1),
         "jax_cache_dir": _path(resume=True),
         # evaluation by real decoding, and export
         "run_checkpoint": Key(str, choices=("best", "latest"), resume=True),

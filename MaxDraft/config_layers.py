@@ -16,7 +16,14 @@ from typing import Any
 
 from MaxDraft import config_yaml
 from MaxDraft.config_keys import KEYS
-from MaxDraft.config_yaml import ConfigError, nearest, shown, stop_on
+from MaxDraft.config_renames import (
+    REMOVED_KEYS,
+    RENAMED_KEYS,
+    explain_key,
+    explain_model,
+    modernized,
+)
+from MaxDraft.config_yaml import ConfigError, shown, stop_on
 
 SCHEMA_PATH = Path(__file__).resolve().parent.parent / "configs" / "base.yml"
 ENVIRONMENT_PREFIX = "M_"
@@ -36,7 +43,7 @@ def from_file(path: Path) -> Values:
     for key, line, node in config_yaml.read_keys(path):
         where = f"{path}:{line}"
         if key not in KEYS:
-            problems.append(f"{where}: unknown key {shown(key)}{nearest(key, KEYS)}")
+            problems.append(f"{where}: unknown key {shown(key)}{explain_key(key, KEYS)}")
             continue
         try:
             values[key] = config_yaml.coerce(key, node, where)
@@ -44,6 +51,25 @@ def from_file(path: Path) -> Values:
             problems.append(str(error))
     stop_on(problems)
     return values
+
+
+def from_saved_file(path: Path) -> Values:
+    """The values in the config.yml of a run, also of one that older code wrote."""
+    values, problems = {}, []
+    for key, line, node in config_yaml.read_keys(path):
+        where = f"{path}:{line}"
+        new = RENAMED_KEYS.get(key, key)
+        try:
+            if new in KEYS:
+                values[new] = config_yaml.coerce(new, node, where)
+            elif key in REMOVED_KEYS:
+                values[key] = config_yaml.construct(node, where)
+            else:
+                problems.append(f"{where}: unknown key {shown(key)}{explain_key(key, KEYS)}")
+        except ConfigError as error:
+            problems.append(str(error))
+    stop_on(problems)
+    return modernized(values, defaults())
 
 
 def from_base_file(path: Path) -> Values:
@@ -67,7 +93,7 @@ def from_model_file(folder: Path, name: str) -> Values:
     known = sorted(path.stem for path in folder.glob("*.yml"))
     if name not in known:
         raise ConfigError(
-            f"model_name: there is no {shown(name)} in {folder}{nearest(name, known)}; "
+            f"model_name: there is no {shown(name)} in {folder}{explain_model(name, known)}; "
             f"known: {', '.join(known) or 'none'}"
         )
     path = folder / f"{name}.yml"
@@ -87,6 +113,9 @@ def from_environment() -> Values:
     for name in sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)):
         spelled = name.removeprefix(ENVIRONMENT_PREFIX)
         key = spelled.lower()
+        if spelled == key.upper() and key in (*RENAMED_KEYS, *REMOVED_KEYS):
+            problems.append(f"environment {name}: unknown key {key!r}{explain_key(key, KEYS)}")
+            continue
         if key not in KEYS or spelled != key.upper():
             # Other programs have M_ variables too, so only a near miss is taken for a mistake.
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
@@ -112,7 +141,7 @@ def from_command_line(arguments: Sequence[str]) -> Values:
                 f"command line: {shown(argument)} is not key=value (no spaces around =)"
             )
         elif key not in KEYS:
-            problems.append(f"command line: unknown key {shown(key)}{nearest(key, KEYS)}")
+            problems.append(f"command line: unknown key {shown(key)}{explain_key(key, KEYS)}")
         elif key in values:
             problems.append(f"command line: {key} is given twice; keep one")
         else:
@@ -132,6 +161,20 @@ def contradictions(environment: Values, command_line: Values) -> Iterable[str]:
                 f"{key}: environment {ENVIRONMENT_PREFIX}{key.upper()} says {environment[key]!r}, "
                 f"the command line {command_line[key]!r}; remove one of them"
             )
+
+
+def merged(layers: Sequence[Values]) -> Values:
+    """One value a key, of the layer that is strongest; `layers` begins with the weakest.
+
+    logical_axis_rules are merged by name: a rule replaces the rule of its logical axis.
+    """
+    values: Values = {}
+    for layer in layers:
+        rules = layer.get("logical_axis_rules", [])
+        replaced = {rule[0] for rule in rules}
+        weaker = [r for r in values.get("logical_axis_rules", []) if r[0] not in replaced]
+        values = values | layer | {"logical_axis_rules": [*weaker, *rules]}
+    return values
 
 
 def is_file(path: Path) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from MaxDraft.config_layers import Values
+from MaxDraft.config_renames import explain_value
 from MaxDraft.config_yaml import nearest
 
 # The names of dimensions in the parameter tables and in `constrain`.
@@ -73,15 +74,17 @@ def _rules(v: Values) -> Iterator[str]:
 def _distributed(v: Values) -> Iterator[str]:
     address = v["distributed_coordinator"]
     count, index = v["distributed_num_processes"], v["distributed_process_id"]
-    if address in ("", "auto"):
+    if not address:
         if (count, index) != (1, 0):
             yield (
                 f"distributed_num_processes={count} and distributed_process_id={index} need "
-                f"distributed_coordinator=host:port of process 0, not {address!r}"
+                f"distributed_coordinator=host:port of process 0"
             )
         return
     if not re.fullmatch(r"\S+:[0-9]{1,5}", address):
-        yield f"distributed_coordinator must be host:port, auto or empty, not {address!r}"
+        hint = explain_value("distributed_coordinator", address, ())
+        yield f"distributed_coordinator must be host:port or empty, not {address!r}{hint}"
+        return
     if count < 2:
         yield (
             f"distributed_coordinator={address} is for several processes; give "

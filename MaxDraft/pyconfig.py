@@ -19,10 +19,20 @@ from typing import Any
 import yaml
 
 from MaxDraft import config_checks, config_layers, config_yaml, storage
+from MaxDraft.config_keys import KEYS, may_change_on_resume
 from MaxDraft.config_layers import Values, is_file
+from MaxDraft.config_renames import modernized
 from MaxDraft.config_yaml import ConfigError, nearest, stop_on
 
-__all__ = ["SAVED_NAME", "Config", "ConfigError", "differences", "initialize", "read_saved"]
+__all__ = [
+    "SAVED_NAME",
+    "Config",
+    "ConfigError",
+    "differences",
+    "initialize",
+    "read_saved",
+    "resume_differences",
+]
 
 SAVED_NAME = "config.yml"
 
@@ -126,6 +136,7 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     if from_run:
         stop_on(config_checks.run_location(located | {"run_name": run_name}))
         saved = read_saved(_absolute(output) / run_name)
+        saved = {key: value for key, value in saved.items() if key in KEYS}  # no removed ones
         model_name = saved.get("model_name", model_name)
         if given.get("model_name", model_name) != model_name:
             raise ConfigError(
@@ -134,7 +145,7 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
             )
     model = config_layers.from_model_file(base_path.parent / "models", model_name)
 
-    values = base | model | saved | given
+    values = config_layers.merged([base, model, saved, given])
     # The folder that was asked for decides, also where a run was moved after it was written.
     values |= {"model_name": model_name, "run_name": run_name, "base_output_directory": output}
     layers = {
@@ -162,7 +173,13 @@ def read_saved(run_directory: str | os.PathLike) -> Values:
             f"base_output_directory=FOLDER as train.py was given them; runs in "
             f"{run_directory.parent}: {', '.join(runs) or 'none'}"
         )
-    return config_layers.from_file(path)
+    return config_layers.from_saved_file(path)
+
+
+def resume_differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each key that keeps a run, saved as `run`, from going on as `now`."""
+    run = modernized(run, config_layers.defaults())
+    return differences(run, now, {key for key in {**run, **now} if may_change_on_resume(key)})
 
 
 def differences(run: Mapping[str, Any], now: Mapping[str, Any], ignore: set[str]) -> list[str]:

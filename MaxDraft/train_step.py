@@ -37,7 +37,12 @@ from MaxDraft.drafts.training_pass import (
 )
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
-from MaxDraft.optimizer import beside_their_parameters, learning_rate_schedule, make_optimizer
+from MaxDraft.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    optimizer_state_shardings,
+)
 from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.sharding import constrain
 from MaxDraft.targets import decoder
@@ -107,17 +112,17 @@ class Programs:
 
 def attention_kernel(config: Config, mesh: Mesh) -> str:
     """-> one of attention.IMPLEMENTATIONS; ConfigError where the mesh's devices have no such."""
-    if config.attention_kernel == "xla":
+    if config.attention == "blockwise":
         return "xla"
     platform = mesh.devices.flat[0].platform
     if platform not in ("tpu", "gpu"):
         raise ConfigError(
-            f"attention_kernel=pallas: these kernels are a TPU's or a GPU's, and the devices are "
-            f"of platform {platform}; write attention_kernel=xla"
+            f"attention=pallas: these kernels are a TPU's or a GPU's, and the devices are "
+            f"of platform {platform}; write attention=blockwise"
         )
     if config.attention_block_size not in (128, 256, 512):  # 512: what VMEM has room for
         raise ConfigError(
-            f"attention_kernel=pallas needs an attention_block_size of 128, 256 or 512, and it is "
+            f"attention=pallas needs an attention_block_size of 128, 256 or 512, and it is "
             f"{config.attention_block_size}"
         )
     return platform
@@ -133,9 +138,10 @@ def make_programs(
 ) -> Programs:
     """Builds the jitted step functions for a mesh; nothing is compiled yet."""
     dtype = jnp.dtype(config.dtype)
-    schedule = learning_rate_schedule(config, total_steps)
-    optimizer = make_optimizer(config, total_steps)
+    optimizer_config = OptimizerConfig.from_config(config)
+    schedule = learning_rate_schedule(optimizer_config, total_steps)
     table = eagle3.head_params(head_dims)
+    optimizer = make_optimizer(optimizer_config, schedule, table)
     rules = config.logical_axis_rules
     placement = parameters.shardings(table, mesh, rules)
     kernel = attention_kernel(config, mesh)
@@ -290,7 +296,7 @@ def make_programs(
     state_shardings = TrainState(
         step=everywhere,
         params=placement,
-        optimizer=beside_their_parameters(
+        optimizer=optimizer_state_shardings(
             jax.eval_shape(optimizer.init, parameters.abstract(table)), placement, everywhere
         ),
     )

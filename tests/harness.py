@@ -135,7 +135,7 @@ def run(
     problem,
     steps,
     alignment="serving",
-    denominator="counted",
+    denominator="supervised",
     *,
     attention_block=5,
     vocab_block=7,
@@ -171,7 +171,7 @@ def run(
         "final": jnp.asarray(batch.final, jnp.float32),
     }
     if counts is None:
-        counts = np.zeros(steps) if denominator == "counted" else np.full(steps, turns.size)
+        counts = np.zeros(steps) if denominator == "supervised" else np.full(steps, turns.size)
     how = PassDims(steps, loss, row_block, attention_block)
     compiled = _compiled(dims, how, vocab_block, decay, gradients, every_row)
     total, gradient, rows, aligned, counted, sums = compiled(

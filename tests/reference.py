@@ -282,12 +282,12 @@ def rollout(problem, steps, alignment="serving"):
     return rows
 
 
-def total_loss(rows, decay=0.8, denominator="counted"):
+def total_loss(rows, decay=0.8, denominator="supervised"):
     """sum_k decay^k loss_k; each loss_k over its counted rows, or over all B*T positions."""
     steps, num_rows, length = rows.loss.shape
     total = 0.0
     for k in range(steps):
-        count = rows.counted[k].sum() if denominator == "counted" else num_rows * length
+        count = rows.counted[k].sum() if denominator == "supervised" else num_rows * length
         if count:
             total += decay**k * rows.loss[k][rows.counted[k]].sum() / count
     return total
@@ -321,7 +321,7 @@ def metrics(rows):
     return {name: np.asarray(value) for name, value in out.items()}
 
 
-def torch_total(problem, steps, alignment="serving", denominator="counted", decay=0.8):
+def torch_total(problem, steps, alignment="serving", denominator="supervised", decay=0.8):
     """(total, gradient of every parameter) by autograd in float64: one [T, T + k*T] mask per row.
 
     Here a packed row is NOT cut into documents: its mask separates them, and positions run through
@@ -415,7 +415,7 @@ def torch_total(problem, steps, alignment="serving", denominator="counted", deca
             counted = aligned & (segments > 0) & shift(teacher_in, 1 + k)
             sums[k] = sums[k] + torch.where(counted, loss, torch.zeros_like(loss)).sum()
             counts[k] += int(counted.sum())
-    if denominator != "counted":
+    if denominator != "supervised":
         counts = [num_rows * length] * steps
     total = sum(decay**k * sums[k] / max(counts[k], 1) for k in range(steps))
     total.backward()

@@ -97,7 +97,7 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
         "ici_fsdp_parallelism=2",
         "ici_tensor_parallelism=4",
         f"rollout_block_size={block}",
-        f"attention_kernel={'xla' if kernel == 'xla' else 'pallas'}",
+        f"attention={'blockwise' if kernel == 'xla' else 'pallas'}",
     )
     assert ("target_pairs" in said) == (kernel == "xla")  # of blocks that only XLA's walk has
     parts = dict(said["model_flops"])

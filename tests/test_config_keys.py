@@ -114,11 +114,13 @@ def test_the_metrics_file_may_have_another_name():
 
 
 WITHOUT_EFFECT = {
-    "muon_beta=0.9": "muon_beta=0.9 has no effect with optimizer=adamw; leave it out, or give "
-    "optimizer=muon",
-    "decay_steps_fraction=0.3": "give learning_rate_schedule=wsd",
+    "muon_beta=0.9": "muon_beta=0.9 has no effect with opt_type=adamw; leave it out, or give "
+    "opt_type=muon",
+    "wsd_decay_steps_fraction=0.3": "give lr_schedule_type=wsd",
     "num_epoch=2 steps=9": "num_epoch=2 has no effect with steps=9; leave it out, or give steps=-1",
     "eval_fraction=0.1 grain_eval_files=x": "eval_fraction=0.1 has no effect beside",
+    "profiler_steps=3": "give profiler=xplane",
+    "skip_jax_distributed_system=True distributed_coordinator=a:1": "has no effect with dist",
     "checkpoint_period=7 enable_checkpointing=False": "checkpoint_period=7 has no effect",
 }
 
@@ -130,11 +132,11 @@ def test_a_typed_option_without_effect_is_an_error(arguments):
 
 def test_an_option_of_the_environment_without_effect_is_an_error(monkeypatch):
     monkeypatch.setenv("M_MUON_BETA", "0.9")
-    assert "(muon_beta: environment)" in error()
+    assert "(muon_beta: environment; opt_type: " in error()
 
 
 @pytest.mark.parametrize(
-    "arguments", ["muon_beta=0.95", "muon_beta=0.9 optimizer=muon", "num_epoch=2 steps=-1"]
+    "arguments", ["muon_beta=0.95", "muon_beta=0.9 opt_type=muon", "num_epoch=2 steps=-1"]
 )
 def test_an_option_with_effect_or_at_its_default_is_taken(arguments):
     init(*arguments.split())

@@ -278,7 +278,7 @@ IMPOSSIBLE = {
     "weight_dtype=int8": "weight_dtype must be bfloat16 or float32",
     "matmul_precision=hihgest": "did you mean 'highest'",
     "loss_alignment=spec": "loss_alignment must be serving or specforge",
-    "loss_denominator=all": "loss_denominator must be counted or specforge",
+    "loss_denominator=all": "loss_denominator must be supervised or specforge",
     "loss_turns=first": "loss_turns must be all or last",
     "truncation_policy=cut": "truncation_policy must be truncate or drop",
     "run_checkpoint=last": "did you mean 'latest'",
@@ -297,7 +297,7 @@ IMPOSSIBLE = {
     "max_skipped_fraction=2": "max_skipped_fraction must be at least 0 and at most 1",
     "ici_data_parallelism=-1": "ici_data_parallelism and ici_fsdp_parallelism are both -1",
     "ici_tensor_parallelism=0": "ici_tensor_parallelism must be at least 1 and",
-    "dcn_data_parallelism=-1 dcn_fsdp_parallelism=-1": "are both -1; only one can take the slices",
+    "dcn_fsdp_parallelism=-1": "are both -1; only one can take the slices",
     "mesh_axes=[data,fsdp]": "mesh_axes must name each of data, fsdp, expert, tensor once",
     "mesh_axes=[data,fsdp,expert,tensor,tensor]": "mesh_axes must name each of",
     "logical_axis_rules=[[draft_mlp,[tensr]]]": "no mesh axis; did you mean 'tensor'",
@@ -309,8 +309,8 @@ IMPOSSIBLE = {
     "target_layer_ids=[-1,2,3]": "three different layers",
     "draft_num_attention_heads=6 draft_num_key_value_heads=4": "is no multiple of",
     "distributed_num_processes=2": "need distributed_coordinator=host:port",
-    "distributed_coordinator=auto distributed_process_id=1": "need distributed_coordinator=host",
-    "distributed_coordinator=node distributed_num_processes=2": "must be host:port, auto or empty",
+    "distributed_coordinator=node distributed_num_processes=2": "must be host:port or empty",
+    "distributed_coordinator=auto": "distributed_coordinator=auto is now distributed_coordinator=",
     "distributed_coordinator=node:99": "is for several processes",
     "distributed_coordinator=n:9 distributed_num_processes=2 distributed_process_id=2": "below",
     "eval_fraction=0": "nothing is held out",
@@ -354,7 +354,7 @@ def test_a_real_model_needs_a_target_and_data(target):
 @pytest.mark.parametrize(
     "arguments",
     [
-        "distributed_coordinator=auto",
+        "skip_jax_distributed_system=True",
         "distributed_coordinator=node0:8476 distributed_num_processes=2 distributed_process_id=1",
         "grain_eval_files=x eval_fraction=0",
         "target_layer_ids=[0,1,2]",
@@ -532,3 +532,20 @@ def test_every_key_of_base_yml_is_explained():
 def test_pyconfig_imports_no_jax():
     code = "import sys; from MaxDraft import pyconfig; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------ logical axis rules
+def test_a_logical_axis_rule_replaces_the_rule_of_its_name_only():
+    before = dict(init().logical_axis_rules)
+    after = dict(init("logical_axis_rules=[[target_mlp,[fsdp,tensor]]]").logical_axis_rules)
+    assert after == before | {"target_mlp": ("fsdp", "tensor")}
+
+
+def test_rules_of_a_model_file_and_the_command_line_are_merged(copy):
+    base, models = copy
+    (models / "tiny.yml").write_text(
+        "logical_axis_rules: [[target_mlp, []], [target_vocab, [fsdp]]]\n"
+    )
+    rules = dict(init("logical_axis_rules=[[target_mlp,[tensor]]]", base=base).logical_axis_rules)
+    expected = {"target_mlp": ("tensor",), "target_vocab": ("fsdp",)}
+    assert rules == dict(init().logical_axis_rules) | expected

@@ -11,7 +11,7 @@ TOLERANCE = 1e-4  # max |a-b| / max |b|, float32 at highest precision against fl
 
 # Prompts, several turns, holes in the mask, turns that touch, short and long documents, pads.
 LAYOUT = ("ppp11111pp2222|pp11111..", "p1111111p1p222|pp1111222", "p1|pp11|p111111111111111p")
-SWITCHES = [(a, d) for a in ("serving", "specforge") for d in ("counted", "specforge")]
+SWITCHES = [(a, d) for a in ("serving", "specforge") for d in ("supervised", "specforge")]
 
 
 def problem(**changes):
@@ -68,7 +68,7 @@ def test_losses_and_metrics_equal_the_reference(make, steps):
     given = make()
     for alignment in ("serving", "specforge"):
         rows = reference.rollout(given, steps, alignment)
-        for denominator in ("counted", "specforge"):
+        for denominator in ("supervised", "specforge"):
             ours = harness.run(given, steps, alignment, denominator)
             assert_values_equal(ours, rows, denominator)
 
@@ -87,7 +87,7 @@ def test_gradients_of_all_parameters_equal_autograd(make, steps):
 
 def test_gradients_equal_finite_differences_along_random_directions():
     # One random direction through all entries of a parameter: a wrong entry shows in the product.
-    given, steps, switches = problem(), 3, ("serving", "counted")
+    given, steps, switches = problem(), 3, ("serving", "supervised")
     ours = harness.run(given, steps, *switches)
     rng = np.random.default_rng(0)
     for name, gradient in ours.gradients.items():

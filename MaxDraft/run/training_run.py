@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import distributed, pyconfig, sharding, storage
 from MaxDraft.checkpointing import Checkpoints, ResumeError
-from MaxDraft.config_keys import may_change_on_resume
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
@@ -166,10 +165,10 @@ def _as_json(head_dims: HeadDims) -> Mapping[str, object]:
 def start_jax(config: Config) -> None:
     """Settings of the process; on several processes, joins them. Before any other use of jax."""
     distributed.start(
-        config.distributed_coordinator.removeprefix("auto"),
+        config.distributed_coordinator,
         config.distributed_num_processes,
         config.distributed_process_id,
-        automatic=not getattr(config, "skip_jax_distributed_system", False),
+        automatic=not config.skip_jax_distributed_system,
     )
     absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs is raised too, and told
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
@@ -193,10 +192,7 @@ def make_run_directory(config: Config) -> None:
         ) from error
     begun = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
     if begun and (folder / pyconfig.SAVED_NAME).is_file():
-        before, now = pyconfig.read_saved(folder), config.as_dict()
-        lines = pyconfig.differences(
-            before, now, {key for key in now.keys() | before.keys() if may_change_on_resume(key)}
-        )
+        lines = pyconfig.resume_differences(pyconfig.read_saved(folder), config.as_dict())
         if lines:
             raise ResumeError(
                 f"{folder} holds a run that differs from this command:\n  "
