@@ -74,8 +74,9 @@ def test_the_text_is_the_same_in_every_process(records):
     script = (
         "import hashlib, json, sys\n"
         "from MaxDraft.tiny_target import corpus\n"
+        "library = corpus.standard_library()\n"  # sysconfig loads its own data for this
         "before = set(sys.modules)\n"
-        "records = corpus.conversations(corpus.read_entries(corpus.standard_library()))\n"
+        "records = corpus.conversations(corpus.read_entries(library))\n"
         "imported = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(hashlib.sha256(json.dumps(records).encode()).hexdigest(), sorted(imported))\n"
     )
