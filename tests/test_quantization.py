@@ -17,7 +17,8 @@ from MaxDraft.convert.loading import load_parameters
 from MaxDraft.convert.safetensors_files import INDEX, SINGLE, open_safetensors
 from MaxDraft.convert.stored_tensor import CheckpointError
 from MaxDraft.convert.target.checkpoint import load_target, target_memory, unused_tensors
-from MaxDraft.convert.target.quantization import check_quantization, pair
+from MaxDraft.convert.target.quantization import pair
+from MaxDraft.convert.target.quantization_config import quantization_of
 from MaxDraft.convert.target.quantized_params import dequantized, keep_quantized
 from MaxDraft.layers import quantized
 from MaxDraft.layers.mlp import linear
@@ -232,14 +233,14 @@ def test_where_a_scale_fits_outputs_and_blocks_config_json_decides(tmp_path, kee
     whole = {"w": values, "w_scale_inv": scale}
     param = Param((256, 2), MATRIX, "w", np.float32, transposed=True)
     save_file(whole, tmp_path / SINGLE)
-    said = check_quantization(
+    declared = quantization_of(
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     )
     for in_blocks, expected in (
-        (said.in_blocks, blockwise(values, scale, (128, 128))),
+        (declared.in_blocks, blockwise(values, scale, (128, 128))),
         (False, values.astype(np.float32) * scale.reshape(2, 1)),
     ):
-        tensors = pair(open_safetensors(tmp_path), said.block, in_blocks)
+        tensors = pair(open_safetensors(tmp_path), declared.block, in_blocks)
         table = keep_quantized(param, tensors) if keep else param
         loaded = load_parameters(tmp_path, tensors, table, None)
         loaded = quantized.dequantize(loaded, jnp.float32) if keep else loaded
@@ -358,6 +359,8 @@ def test_a_target_loads_kept_and_its_scales_are_not_listed_as_unused(tmp_path):
     tensors = {"model.w": fp8_values(256, 128), "model.w_scale": scales(256, 1)}
     table = {"w": Param((128, 256), MATRIX, "model.w", BF16, transposed=True)}
     kept = keep_quantized(table, opened(tmp_path, tensors))
+    declared = {"quantization_config": {"quant_method": "fbgemm_fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(declared))
     for some in (table, kept):
         assert unused_tensors(tmp_path, some) == []
     expected = load_target(tmp_path, table)["w"]
@@ -457,73 +460,3 @@ def test_the_dequantized_matrix_never_exists_as_a_whole(monkeypatch, kind, tiled
         compiled = jax.jit(linear).lower(x, q).compile()
         whole = 2048 * 2048 * jnp.dtype(dtype).itemsize
         assert compiled.memory_analysis().temp_size_in_bytes < whole
-
-
-# ------------------------------------------------------------------------------------ config.json
-def compressed(layout="float-quantized", strategy="channel", **weights):
-    weights = {"type": "float", "num_bits": 8, "strategy": strategy, **weights}
-    groups = {"group_0": {"weights": weights, "input_activations": {"num_bits": 8}}}
-    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups}
-
-
-@pytest.mark.parametrize(
-    ("said", "block"),
-    [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, (128, 128)),
-        ({"quant_method": "fp8", "weight_block_size": [64, 32]}, (64, 32)),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, (128, 128)),
-        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, (128, 128)),
-        ({"quant_method": "mxfp4"}, (128, 128)),
-        (compressed(), (128, 128)),
-        (compressed("naive-quantized", "tensor"), (128, 128)),
-        (compressed(strategy="block", block_structure=[64, 128]), (64, 128)),
-    ],
-)
-def test_known_quantizations_are_accepted(said, block):
-    assert check_quantization({"quantization_config": said}).block == block
-    assert check_quantization({"text_config": {"quantization_config": said}}).block == block
-
-
-def test_that_activations_stay_as_they_are_is_said():
-    assert "activations is not applied" in str(
-        check_quantization({"quantization_config": compressed()})
-    )
-    assert check_quantization({}) is None
-    assert "activations" not in str(
-        check_quantization({"quantization_config": {"quant_method": "mxfp4"}})
-    )
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"quant_method": "gptq", "bits": 4},
-        {"quant_method": "awq"},
-        {"quant_method": "bitsandbytes"},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-        {"bits": 8},
-        {"quant_method": "fp8", "expert_dtype": "fp4"},
-        {"quant_method": "fp8", "weight_block_size": [128]},
-        compressed("int-quantized", type="int"),
-        compressed("pack-quantized", type="int", num_bits=4),
-        compressed("nvfp4-pack-quantized", num_bits=4),
-        compressed(strategy="group"),
-        compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}},
-        compressed() | {"sparsity_config": "dense"},
-        compressed() | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
-        compressed() | {"config_groups": [1]},
-        compressed() | {"config_groups": {"group_0": "x"}},
-        compressed() | {"config_groups": {"group_0": {"weights": [8]}}},
-        compressed(symmetric=False),
-        compressed(dynamic=True),
-        compressed(strategy="block", block_structure="128x128"),
-        {"quant_method": "fp8", "weight_block_size": ["128", "128"]},
-        {"quant_method": "fp8", "weight_block_size": [64.5, 128]},
-        {"quant_method": "fp8", "weight_block_size": "128"},
-        {"quant_method": ["fp8"]},
-        ["fp8"],
-    ],
-)
-def test_other_quantizations_are_refused(said):
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        check_quantization({"quantization_config": said})

@@ -311,7 +311,7 @@ def test_all_missing_and_misshaped_tensors_are_in_one_error(tmp_path):
     assert "model.layers.5.mlp.up_proj.weight: missing, expected [48, 32]" in text
     assert "model.norm.weight: expected [32], found [31]" in text
     assert "model.layers.0.self_attn.k_proj.weight: expected [16, 32], found [32, 16]" in text
-    assert "model.layers.1.self_attn.k_proj.weight: dtype I32" in text
+    assert "model.layers.1.self_attn.k_proj.weight: I32 [16, 32] where [16, 32] of" in text
 
 
 def test_integers_are_no_weights(tmp_path):
@@ -319,7 +319,7 @@ def test_integers_are_no_weights(tmp_path):
     name = "model.layers.2.mlp.down_proj.weight"
     tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, tmp_path / SINGLE)
-    with pytest.raises(CheckpointError, match=rf"{name}: dtype I8.*not quantized"):
+    with pytest.raises(CheckpointError, match=rf"{name}: I8 .*not quantized"):
         load_target(tmp_path, table())
 
 

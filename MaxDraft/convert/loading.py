@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor, will_need
 from MaxDraft.convert.target.quantization import (
+    FP8_SUFFIXES,
     Fp8Tensor,
     Index,
     Mxfp4Tensor,
@@ -106,6 +107,7 @@ def differences(tensors: Mapping[str, WeightTensor], table: Tree) -> list[str]:
                 lines.append(f"{name}: missing, expected {list(expected)}")
             else:
                 problem = _problem(tensors[name], param, layout, expected)
+                problem = problem or _stray_scale(name, tensors)
                 lines += [problem] if problem else []
     return lines
 
@@ -115,16 +117,28 @@ def _problem(
 ) -> str | None:
     if isinstance(tensor, ScaleTensor):
         return tensor.of.problem(layout.transposed)
+    is_quantized = isinstance(tensor, Fp8Tensor | Mxfp4Tensor)
+    stays_quantized = not is_quantized and tensor.dtype == "U8" and param.dtype == np.uint8
+    if not (is_quantized or stays_quantized or tensor.dtype in WEIGHT_DTYPES):
+        return (
+            f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} where {list(expected)} of "
+            f"{', '.join(WEIGHT_DTYPES)} is expected; take a checkpoint that is not quantized"
+        )
     if _without_ones(tensor.shape) != _without_ones(expected):
         return f"{tensor.name}: expected {list(expected)}, found {list(tensor.shape)}"
-    if isinstance(tensor, Fp8Tensor | Mxfp4Tensor):
-        return tensor.problem(layout.transposed)
-    kept = tensor.dtype == "U8" and param.dtype == np.uint8
-    if tensor.dtype in WEIGHT_DTYPES or kept:
+    return tensor.problem(layout.transposed) if is_quantized else None
+
+
+def _stray_scale(name: str, tensors: Mapping[str, WeightTensor]) -> str | None:
+    """A scale beside a tensor that is not quantized: nobody knows whether it is applied already."""
+    if not isinstance(tensors[name], StoredTensor):
+        return None
+    scales = [name + suffix for suffix in FP8_SUFFIXES if name + suffix in tensors]
+    if not scales:
         return None
     return (
-        f"{tensor.name}: dtype {tensor.dtype} is not {', '.join(WEIGHT_DTYPES)}; take a "
-        f"checkpoint that is not quantized"
+        f"{name}: is {tensors[name].dtype} with a scale {scales[0]} beside it; take a checkpoint "
+        f"that is not quantized"
     )
 
 

@@ -16,7 +16,6 @@ import jax
 from MaxDraft import pyconfig, storage
 from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.convert.target.checkpoint import target_memory
-from MaxDraft.convert.target.quantization import check_quantization
 from MaxDraft.convert.target.quantized_params import dequantized
 from MaxDraft.cost import flops
 from MaxDraft.drafts.eagle3 import head as eagle3
@@ -71,7 +70,7 @@ def _target_memory(run: Run) -> str:
     forms = {form: target_memory(table) / 1e9 for form, table in tables.items()}
     keep = run.config.target_quantization == "keep_quantized"
     now = f"{forms[run.config.target_quantization]:.3f} GB (1e9 bytes) in all"
-    quantization = check_quantization(run.target.config)
+    quantization = target_checkpoint.read_quantization(run.target.path)
     if not quantization:
         nothing = (
             "; the files hold nothing quantized, target_quantization=keep_quantized changes nothing"

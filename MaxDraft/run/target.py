@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from MaxDraft import distributed
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.target import checkpoint as target_checkpoint
-from MaxDraft.convert.target.quantization import check_quantization
 from MaxDraft.convert.target.quantized_params import keep_quantized
 from MaxDraft.drafts.eagle3.head import HeadDims
 from MaxDraft.head_dims import head_dims
@@ -65,7 +64,7 @@ def open_target(config: Config) -> Target:
     """Reads and checks the target's config.json against the model file; loads no weight."""
     path = config.target_directory
     hf_config = registry.text_config(target_checkpoint.read_config(path))
-    check_quantization(hf_config)
+    target_checkpoint.open_weights(path)  # refuses what cannot be read before any data is encoded
     target_checkpoint.check_target_config(
         config.target_config, hf_config, f"configs/models/{config.model_name}.yml"
     )

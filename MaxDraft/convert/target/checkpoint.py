@@ -19,9 +19,14 @@ from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor
 from MaxDraft.convert.target.quantization import (
     Mxfp4Tensor,
     WeightTensor,
-    check_quantization,
+    check_packing,
     pair,
     part_names,
+)
+from MaxDraft.convert.target.quantization_config import (
+    DECLARATION_FILES,
+    Quantization,
+    quantization_of,
 )
 from MaxDraft.layers.params import Tree, flatten
 
@@ -84,6 +89,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object of fields")
     return config
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """How the weights of a model folder are quantized; None: they are not.
+
+    CheckpointError for a format that cannot be read, and for declarations that differ.
+    """
+    folder = Path(folder)
+    files = {
+        name: read_json(folder / name) for name in DECLARATION_FILES if (folder / name).is_file()
+    }
+    # A folder of tensors alone has no config.json, and declares nothing.
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    return quantization_of(config, files)
 
 
 def check_target_config(
@@ -206,10 +225,11 @@ def open_weights(folder: Path) -> dict[str, WeightTensor]:
 def _weights(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, WeightTensor]:
     prefix = _text_prefix(tensors)
     renamed = {_plain_name(name, prefix): tensor for name, tensor in tensors.items()}
-    # Tensors may lie in a folder without config.json; blocks, if any, have the usual size there.
-    config = read_config(folder) if (folder / "config.json").is_file() else {}
-    said = check_quantization(config)
-    return pair(renamed, said.block, said.in_blocks) if said else pair(renamed)
+    quantization = read_quantization(folder)
+    check_packing(folder, renamed, quantization)
+    if quantization is None:
+        return pair(renamed)
+    return pair(renamed, quantization.block, quantization.in_blocks)
 
 
 def _text_prefix(tensors: Mapping[str, Any]) -> str:

@@ -15,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from MaxDraft.convert.stored_tensor import DTYPES, CheckpointError, StoredTensor
+from MaxDraft.convert.target.quantization_config import DEFAULT_BLOCK, Quantization
 from MaxDraft.layers.params import Part, TensorLayout
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -33,118 +35,22 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=-1).view(np.uint64)[:, 0]
 # By the byte of a scale; 255 is no number.
 POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
-_DEFAULT_BLOCK = (128, 128)
-_FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+
+# Ends of the names that only the tensors of one format have, of formats that are not read.
+UNREAD_PACKINGS = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "packed compressed-tensors",
+    ".weight_scale_2": "NVFP4",
+    ".weight.absmax": "4-bit bitsandbytes",
+    ".SCB": "8-bit bitsandbytes",
+    ".scales": "MLX",
+    ".W_q": "HQQ",
+}
 
 Index = tuple[slice, ...]
 Reader = Callable[[Index], np.ndarray]
 
 
-# ---------------------------------------------------------------------------------- config.json
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """What config.json says about the weights."""
-
-    method: str
-    block: tuple[int, int] = _DEFAULT_BLOCK  # [outputs, inputs] of a block, where there are blocks
-    in_blocks: bool = False  # it says that there are
-    activations: bool = False  # it also says how activations are quantized
-
-    def __str__(self) -> str:
-        ignored = "; its quantization of activations is not applied" if self.activations else ""
-        return f"{self.method} weights{ignored}"
-
-
-def check_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """How the target's weights are quantized; None: they are not.
-
-    CheckpointError for what cannot be read.
-    """
-    # Multimodal files may say it of their text only; the older name is compressed-tensors'.
-    inner = config.get("text_config")
-    sources = (config, inner if isinstance(inner, Mapping) else {})
-    names = ("quantization_config", "compression_config")
-    said = next((source[name] for source in sources for name in names if source.get(name)), None)
-    if said is None:
-        return None
-    if not isinstance(said, Mapping):
-        raise _refusal(f"quantization_config {said!r}")
-    method = said.get("quant_method")
-    if method == "fp8":
-        return _plain_fp8(said)
-    if method == "fbgemm_fp8":
-        return Quantization(method, activations=True)
-    if method == "mxfp4":
-        return Quantization(method)
-    if method == "compressed-tensors":
-        return _compressed_tensors(said)
-    raise _refusal(f"quant_method '{method}'")
-
-
-def _plain_fp8(said: Mapping[str, Any]) -> Quantization:
-    if said.get("expert_dtype", "fp8") != "fp8":
-        raise _refusal(f"expert_dtype '{said['expert_dtype']}'")
-    size = said.get("weight_block_size")
-    return Quantization("fp8", _block(size), size is not None, True)
-
-
-def _block(size: Any) -> tuple[int, int]:
-    if size is None:
-        return _DEFAULT_BLOCK
-    two = isinstance(size, list | tuple) and len(size) == 2
-    if not two or any(type(one) is not int or one < 1 for one in size):
-        raise _refusal(f"weight blocks of {size!r}")
-    return (size[0], size[1])
-
-
-def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
-    sparsity = _part(said, "sparsity_config").get("format") or "dense"
-    if sparsity != "dense":
-        raise _refusal(f"compressed-tensors sparsity '{sparsity}'")
-    if said.get("transform_config"):  # rotations of the weights and what enters them
-        raise _refusal(f"compressed-tensors transform_config {said['transform_config']!r}")
-    found = _part(said, "config_groups")
-    groups = [_part(found, name) for name in found]
-    blocks = set()
-    for group in groups:
-        weights = _part(group, "weights")
-        if not weights:
-            continue
-        for name, usual in (("symmetric", True), ("dynamic", False), ("actorder", None)):
-            if weights.get(name) not in (usual, None):
-                raise _refusal(f"compressed-tensors weights with {name} {weights[name]!r}")
-        layout = group.get("format") or said.get("format")
-        kind, bits = weights.get("type"), weights.get("num_bits")
-        strategy = weights.get("strategy")
-        if layout not in _FLOAT_FORMATS or (kind, bits) != ("float", 8):
-            raise _refusal(f"compressed-tensors format '{layout}' with {bits}-bit {kind} weights")
-        if strategy not in ("tensor", "channel", "block"):
-            raise _refusal(f"compressed-tensors weights with strategy '{strategy}'")
-        if strategy == "block":
-            blocks.add(_block(weights.get("block_structure")))
-    if len(blocks) > 1:
-        raise _refusal(f"compressed-tensors groups with different blocks {sorted(blocks)}")
-    activations = any(group.get("input_activations") for group in groups)
-    block = next(iter(blocks), _DEFAULT_BLOCK)
-    return Quantization("compressed-tensors", block, block in blocks, activations)
-
-
-def _part(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """said[name], an object of fields; {} where it says nothing."""
-    value = said.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise _refusal(f"compressed-tensors {name} {value!r}")
-    return value
-
-
-def _refusal(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"config.json says {what}, which cannot be read. Known are fp8, fbgemm_fp8, mxfp4 and "
-        f"compressed-tensors with 8-bit float weights; take such a checkpoint or an unquantized one"
-    )
-
-
-# -------------------------------------------------------------------------------------- tensors
 @dataclasses.dataclass(frozen=True)
 class Fp8Tensor:
     """A float8 tensor and its scale."""
@@ -319,7 +225,7 @@ WeightTensor = StoredTensor | Fp8Tensor | ScaleTensor | Mxfp4Tensor
 
 def pair(
     tensors: Mapping[str, StoredTensor],
-    block: tuple[int, int] = _DEFAULT_BLOCK,
+    block: tuple[int, int] = DEFAULT_BLOCK,
     in_blocks: bool = False,
 ) -> dict[str, WeightTensor]:
     """Tensors by name, where a quantized one stands for what it means."""
@@ -330,13 +236,43 @@ def pair(
             paired[name] = Fp8Tensor(tensor, tensors.get(scale), block, in_blocks)
             if scale:
                 paired[scale] = ScaleTensor(paired[name])
-        elif name.endswith(BLOCKS) and tensor.dtype == "U8" and tensor.shape[-1:] == (16,):
+        elif _is_mxfp4_block(name, tensor):
             *lead, groups, size = tensor.shape
             blocks = dataclasses.replace(tensor, shape=(*lead, groups * size))
             scales = name.removesuffix(BLOCKS) + SCALES
             paired[name] = blocks
             paired[name.removesuffix(BLOCKS)] = Mxfp4Tensor(blocks, tensors.get(scales))
     return paired
+
+
+def check_packing(
+    folder: Path, tensors: Mapping[str, StoredTensor], quantization: Quantization | None
+) -> None:
+    """CheckpointError where the files hold quantized weights that are not read or not declared.
+
+    tensors: under the names of a plain language model.
+    """
+    for name, tensor in tensors.items():
+        if not name.startswith(("model.", "lm_head.")):
+            continue
+        packing = next((p for end, p in UNREAD_PACKINGS.items() if name.endswith(end)), None)
+        if packing:
+            raise CheckpointError(
+                f"{folder} holds {name} {tensor.dtype} {list(tensor.shape)}: {packing} weights, "
+                f"which cannot be read. Give as target_path the unquantized model that this one "
+                f"was made from; a head trained on that one serves this one as well"
+            )
+        packed = tensor.dtype in FP8 or _is_mxfp4_block(name, tensor)
+        if packed and quantization is None:
+            raise CheckpointError(
+                f"{folder} holds {name} {tensor.dtype} {list(tensor.shape)}, and no config.json or "
+                f"hf_quant_config.json declares how it is quantized: copy the quantization_config "
+                f"of the model's own config.json into the one there"
+            )
+
+
+def _is_mxfp4_block(name: str, tensor: StoredTensor) -> bool:
+    return name.endswith(BLOCKS) and tensor.dtype == "U8" and tensor.shape[-1:] == (16,)
 
 
 def _scale_name(name: str, tensors: Mapping[str, Any]) -> str | None:
