@@ -27,6 +27,7 @@ from MaxDraft.errors import run_main
 from MaxDraft.evaluate import evaluate, held_out_metrics
 from MaxDraft.export import export
 from MaxDraft.metric_logger import MetricLogger, say
+from MaxDraft.profiler import Profiler
 from MaxDraft.report import text as report
 from MaxDraft.run import training_run as wiring
 from MaxDraft.run.training_run import Run, TrainingError
@@ -101,6 +102,7 @@ def train(
         write=jax.process_index() == 0,
     )
     batches = run.train_batches(batches_read)
+    profiler = Profiler.from_config(config, int(state.step) + 1, last)
     stop = StopSignal()
     in_flight = []
 
@@ -127,7 +129,8 @@ def train(
     stopping = False
     try:
         for step in range(int(state.step) + 1, last + 1):
-            state, result = programs.train(state, frozen, next(batches))
+            with profiler.step(step, state):
+                state, result = programs.train(state, frozen, next(batches))
             settle()
             in_flight.append((step, result))
 
@@ -149,6 +152,7 @@ def train(
                 break
     finally:
         run.checkpoints.wait()  # whatever happened, what was being saved is finished
+        profiler.close()
         logger.close()
     stop.all_is_saved()
     return state, stopping
