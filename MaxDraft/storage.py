@@ -161,6 +161,17 @@ def names(location: str | os.PathLike[str]) -> list[str]:
     return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
 
 
+def files(location: str | os.PathLike[str]) -> list[str]:
+    """The files below a folder, relative to it, with / between folders, sorted."""
+    found = []
+    for entry in as_path(location).iterdir():
+        if entry.is_dir():
+            found += [f"{entry.name}/{file}" for file in files(entry)]
+        else:
+            found.append(entry.name)
+    return sorted(found)
+
+
 def remove_abandoned(location: str | os.PathLike[str]) -> list[str]:
     """Removes the temporaries that dead processes left in a local folder -> their names.
 

@@ -42,6 +42,7 @@ def test_a_file_is_written_read_listed_and_removed(folder):
     assert (folder / "new" / "a.txt").read_text() == "é"
     assert json.loads((folder / "new" / "b.json").read_text()) == {"a": 2}
     assert storage.names(folder / "new") == ["a.txt", "b.json"]
+    assert storage.files(folder) == ["new/a.txt", "new/b.json"]
     storage.remove(folder / "new" / "a.txt")
     assert storage.names(folder / "new") == ["b.json"]
     storage.remove(folder / "new")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import distributed, pyconfig, sharding, storage
-from MaxDraft.checkpointing import Checkpoints, ResumeError
+from MaxDraft.checkpointing import Checkpoints
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
@@ -30,6 +30,7 @@ from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
 from MaxDraft.pyconfig import Config
+from MaxDraft.resume import ResumeError, check_same_config
 from MaxDraft.run.data import RunData, open_data
 from MaxDraft.run.target import (
     Target,
@@ -123,7 +124,7 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
     data = open_data(config, target.dims, mesh, say) if with_data else None
     total_steps = data.total_steps if data else 1
     checkpoints = Checkpoints(config, say, read_only=not for_training)
-    saved = checkpoints.identity()
+    saved = checkpoints.saved_identity()
     if saved is None and not for_training:
         raise ResumeError(f"no readable checkpoint in {config.run_directory}; run train.py first")
     if saved is not None and saved["target"] != target.fingerprint:
@@ -136,7 +137,7 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
     head_dims = saved_head_dims(saved["head"]) if saved else wanted_head_dims(config, target.dims)
     if data:
         data.prompts(target.dims.max_length)  # or an error now, not after the training
-        checkpoints.expect(
+        checkpoints.set_identity(
             {
                 "target": target.fingerprint,
                 # As it was saved: an older checkpoint may name the same fields otherwise.
@@ -192,13 +193,7 @@ def make_run_directory(config: Config) -> None:
         ) from error
     begun = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
     if begun and (folder / pyconfig.SAVED_NAME).is_file():
-        lines = pyconfig.resume_differences(pyconfig.read_saved(folder), config.as_dict())
-        if lines:
-            raise ResumeError(
-                f"{folder} holds a run that differs from this command:\n  "
-                + "\n  ".join(lines)
-                + "\nGive it another run_name, or the values it was started with"
-            )
+        check_same_config(pyconfig.read_saved(folder), config)
 
 
 def lock_run_directory(config: Config) -> None:
