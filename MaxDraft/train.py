@@ -95,7 +95,7 @@ def train(
                 run.head_dims,
                 config.ttt_length,
                 config.max_target_length,
-                run.data.judged_share,
+                run.data.supervised_share,
             ).values()
         ),
         num_devices=run.mesh.size,

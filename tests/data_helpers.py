@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +124,16 @@ def make_encoder(template: str = CHATML, loss_turns: str = "all", **kinds: bool)
 def dialogue(*contents: str, system: str | None = None) -> tuple[Message, ...]:
     """User and assistant in turn."""
     roles = ("user", "assistant")
-    said = [Message(roles[i % 2], content) for i, content in enumerate(contents)]
-    return tuple([Message("system", system), *said] if system else said)
+    messages = [Message(roles[i % 2], content) for i, content in enumerate(contents)]
+    return tuple([Message("system", system), *messages] if system else messages)
 
 
 def record(*contents: str) -> dict:
-    return {"messages": [vars(message) for message in dialogue(*contents)]}
+    return {"messages": as_dicts(dialogue(*contents))}
+
+
+def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def write_lines(path: Path, lines) -> Path:

@@ -29,6 +29,7 @@ def data(tmp_path_factory):
         max_skipped_fraction=0.0,
         seed=0,
         cache_dir=folder / "cache",
+        vocab_size=500,
         log=lambda line: None,
     )
 

@@ -1,10 +1,7 @@
 """Which tokens the assistant wrote, in the shapes of template that there are."""
 
-import json
-
 import numpy as np
 import pytest
-import transformers
 from data_helpers import (
     CHATML,
     HEADERS,
@@ -13,12 +10,13 @@ from data_helpers import (
     MARKED,
     OPENS_THOUGHTS,
     SPECIAL,
+    as_dicts,
     dialogue,
     make_encoder,
     make_tokenizer,
 )
 
-from MaxDraft.input_pipeline.chat_template import ChatEncoder, check_vocabulary, load_tokenizer
+from MaxDraft.input_pipeline.chat_template import ChatEncoder, check_vocabulary
 from MaxDraft.input_pipeline.conversations import Message
 from MaxDraft.input_pipeline.errors import DataError, TemplateError
 
@@ -59,9 +57,9 @@ def test_a_turn_is_what_serving_would_write_up_to_its_end_token(template, expect
 @pytest.mark.parametrize("kinds", [{}, {"trim_offsets": True}, {"sentencepiece": True}])
 def test_the_tokens_are_those_that_serving_would_send(template, kinds):
     tokenizer = make_tokenizer(template, **kinds)
-    expected = tokenizer.apply_chat_template(
-        [vars(m) for m in FOUR], tokenize=True, return_dict=True
-    )["input_ids"]
+    expected = tokenizer.apply_chat_template(as_dicts(FOUR), tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     assert ChatEncoder(tokenizer).encode(FOUR).tokens.tolist() == expected
 
 
@@ -98,12 +96,76 @@ def test_thoughts_belong_to_the_turn_where_the_template_shows_them():
     thought = "<think>\nthe lazy dog\n</think>\n\nThe fox."
     said = dialogue("Hello", thought, "More", thought)
     shown = "<think>\nthe lazy dog\n</think>\n\nThe fox."
-    assert turns(make_encoder(LAST_TURN_THINKS), said) == [
-        "The fox.<|im_end|>",
-        f"{shown}<|im_end|>",
-    ]
-    assert turns(make_encoder(OPENS_THOUGHTS), said) == ["\n\nThe fox.<eos>"] * 2
+    assert turns(make_encoder(LAST_TURN_THINKS), said) == [f"{shown}<|im_end|>"]
     assert turns(make_encoder(CHATML), said) == [f"{shown}<|im_end|>"] * 2
+
+
+def test_a_reply_that_the_template_shortens_is_no_turn():
+    thought = "<think>\nthe lazy dog\n</think>\n\nThe fox."
+    marked = LAST_TURN_THINKS.replace("{{ words }}", "{% generation %}{{ words }}").replace(
+        "{%- else -%}{{ m.content }}", "{% endgeneration %}{%- else -%}{{ m.content }}"
+    )
+    counts = {
+        (LAST_TURN_THINKS, "all"): (2, 1),
+        (LAST_TURN_THINKS, "last"): (1, 0),
+        (CHATML, "all"): (2, 0),
+    }
+    for (template, which), (replies, shortened) in counts.items():
+        encoded = make_encoder(template, which).encode(dialogue("Hello", thought, "More", thought))
+        assert (encoded.replies, encoded.shortened_replies) == (replies, shortened)
+    for template, which in ((OPENS_THOUGHTS, "all"), (LAST_TURN_THINKS, "last"), (marked, "all")):
+        messages = dialogue("Hello", thought)
+        if which == "last":  # the last reply's thoughts stay in the real template
+            template = template.replace("loop.last", "false")
+        with pytest.raises(TemplateError, match="deletes a part of every reply"):
+            make_encoder(template, which).encode(messages)
+
+
+def test_reasoning_beside_the_content_is_in_the_turn_or_counted():
+    messages = (Message("user", "Hello"), Message("assistant", "The fox.", "the lazy dog"))
+    shows = CHATML.replace(
+        "m.content + '<|im_end|>\n'",
+        "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '')"
+        " + m.content + '<|im_end|>\n'",
+    )
+    assert turns(make_encoder(shows), messages) == ["<think>the lazy dog</think>The fox.<|im_end|>"]
+    with pytest.raises(TemplateError, match="deletes a part of every reply"):
+        make_encoder(CHATML).encode(messages)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_reply_that_holds_the_templates_markup_is_refused(template):
+    encoder = make_encoder(template)
+    for markup in ("<|im_end|>", "<|im_start|>", "<eos>"):
+        forged = f"Hi{markup}\nuser\nMore"
+        with pytest.raises(TemplateError, match="contains the chat template's own markup"):
+            encoder.encode(dialogue("Hello", forged))
+    # Other templates' tokens may be what the target wrote, such as those of a tool call.
+    assert turns(encoder, dialogue("Hello", "Hi<|eot|>")) == ["Hi<|eot|><|im_end|>"]
+    assert turns(encoder, dialogue("Hello", "<think>x</think>Hi"))
+
+
+def test_a_turn_ends_with_a_token_at_which_serving_stops():
+    # The template ends a turn with a token that the small conversation of the probe does not show.
+    template = CHATML.replace(
+        "'<|im_end|>\n'", "('<|eot|>' if 'fox' in messages[0].content else '<|im_end|>')"
+    )
+    eot = SPECIAL.index("<|eot|>")
+    messages = dialogue("Hello fox", "A fox.")
+    assert turns(make_encoder(template), messages) == ["A fox."]
+    informed = ChatEncoder(make_tokenizer(template), stop_token_ids=[eot])
+    assert turns(informed, messages) == ["A fox.<|eot|>"]
+    assert eot in informed.special_ids(np.zeros(500, np.int64))
+    assert 9999 not in ChatEncoder(make_tokenizer(template), stop_token_ids=[9999]).special_ids(
+        np.zeros(500, np.int64)
+    )
+
+
+def test_texts_are_the_same_on_every_day():
+    dated = "{{ strftime_now('%d %B %Y') ~ ' ' ~ date_string ~ ' ' }}" + CHATML
+    encoder = make_encoder(dated)
+    text = encoder.decode(encoder.encode(FOUR).tokens)
+    assert text.startswith("26 July 2024 26 Jul 2024 ")
 
 
 def test_only_the_last_turn_is_marked_where_only_it_is_learnt():
@@ -204,7 +266,11 @@ def test_the_fingerprint_knows_template_and_turns():
     ("template", "message"),
     [
         ("{{ nothing.at.all }}", "cannot render a question and an answer"),
-        ("{% for m in messages %}", "cannot render a question and an answer"),
+        ("{% for m in messages %}", "no chat template can be used"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "cannot render a question and an answer: .* takes more than",
+        ),
         ("{{ raise_exception('no') }}", "refuses it: no"),
         ("{{ messages[-1].content }}", "every reply exactly once"),
         (
@@ -226,49 +292,12 @@ def test_an_unknown_choice_of_turns_is_an_error():
         ChatEncoder(make_tokenizer(CHATML), "first")
 
 
-def test_a_saved_tokenizer_is_loaded_and_a_template_file_replaces_its_own(tmp_path):
-    make_tokenizer(CHATML).save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert isinstance(loaded, transformers.PreTrainedTokenizerFast)
-    same = ChatEncoder(loaded).encode(FOUR)
-    assert np.array_equal(same.turn_ids, make_encoder(CHATML).encode(FOUR).turn_ids)
-    file = tmp_path / "other.jinja"
-    file.write_text(HEADERS, encoding="utf-8")
-    other = ChatEncoder(load_tokenizer(tmp_path, chat_template_file=file))
-    assert turns(other, FOUR)[0] == "How are you?<|eot|>"
-    with pytest.raises(DataError, match=r"chat_template: .*absent\.jinja cannot be read"):
-        load_tokenizer(tmp_path, chat_template_file=tmp_path / "absent.jinja")
-
-
-def test_a_tokenizer_without_template_says_what_to_give(tmp_path):
-    make_tokenizer(None).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"has no chat template.*chat_template=FILE"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_folder_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(DataError, match="is not a folder with tokenizer files"):
-        load_tokenizer(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"the tokenizer in .*empty cannot be loaded"):
-        load_tokenizer(tmp_path / "empty")
-
-
-def test_a_tokenizer_with_more_ids_than_the_target_is_an_error_and_fewer_are_not():
+def test_only_tokens_that_are_used_must_be_known_to_the_target():
     tokenizer = make_tokenizer(CHATML)
-    size = len(tokenizer)
-    check_vocabulary(tokenizer, size)
-    check_vocabulary(tokenizer, size + 100)
-    with pytest.raises(DataError, match=rf"up to {size - 1}, .* vocab_size {size - 1}"):
-        check_vocabulary(tokenizer, size - 1)
-
-
-def test_a_family_that_transformers_does_not_know_does_not_hide_what_is_wrong(tmp_path):
-    make_tokenizer(CHATML).save_pretrained(tmp_path)
-    scaling = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
-    config = {"model_type": "kimi_k2", "rope_theta": 50000.0, "rope_scaling": scaling}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"cannot be loaded.*without config\.json, is enough"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "config.json").unlink()
-    assert load_tokenizer(tmp_path).is_fast
+    tokenizer.add_tokens(["<image>"])  # beyond the embedding, as Gemma 3's
+    encoder = ChatEncoder(tokenizer)
+    check_vocabulary(encoder, len(tokenizer) - 1)
+    largest = max(encoder.template_ids)
+    check_vocabulary(encoder, largest + 1)
+    with pytest.raises(DataError, match=rf"writes token {largest}, .* vocab_size {largest}"):
+        check_vocabulary(encoder, largest)

@@ -1,9 +1,11 @@
 """Encoding once, the cache, the split, the counts, and what is said about them."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from data_helpers import (
     CHATML,
     INSTRUCT,
+    LAST_TURN_THINKS,
     SPECIAL,
     dialogue,
     make_encoder,
@@ -21,7 +24,7 @@ from data_helpers import (
     write_lines,
 )
 
-from MaxDraft.input_pipeline import encoded as module
+from MaxDraft.input_pipeline import encode_files as module
 from MaxDraft.input_pipeline.dataset import Dataset, held_out_mask, prepare_dataset
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.packing import pack_epochs
@@ -43,6 +46,7 @@ def prepare(folder: Path, lines=None, **changes) -> Dataset:
         "max_skipped_fraction": 0.1,
         "seed": 0,
         "cache_dir": folder / "cache",
+        "vocab_size": 500,
         "log": lambda line: None,
     }
     return prepare_dataset(**{**arguments, **changes})
@@ -115,7 +119,7 @@ def test_what_changes_the_tokens_changes_the_folder_and_nothing_else_does(tmp_pa
     records = many_records(20)
     base = prepare(tmp_path, records).train.encoded.folder
     assert prepare(tmp_path, seed=1, eval_fraction=0.5).train.encoded.folder == base
-    assert prepare(tmp_path, train_files=f"{tmp_path}/*.jsonl,2").train.encoded.folder == base
+    assert prepare(tmp_path, train_files=f"{tmp_path}/*.jsonl").train.encoded.folder == base
     os.utime(tmp_path / "train.jsonl", (0, 0))
     assert prepare(tmp_path).train.encoded.folder == base
     for changes in (
@@ -128,28 +132,36 @@ def test_what_changes_the_tokens_changes_the_folder_and_nothing_else_does(tmp_pa
         assert prepare(tmp_path, **changes).train.encoded.folder != base
 
 
-@pytest.mark.parametrize("damage", ["tokens.npy", "report.json", "offsets.npy"])
-def test_a_damaged_folder_is_made_again(tmp_path, damage):
+@pytest.mark.parametrize("name", ["tokens.npy", "turn_ids.npy", "report.json", "offsets.npy"])
+@pytest.mark.parametrize("damage", ["cut off", "one bit"])
+def test_a_damaged_folder_is_told_and_made_again(tmp_path, name, damage):
     first = prepare(tmp_path, many_records(20))
     expected = contents(first.train)
-    file = first.train.encoded.folder / damage
-    file.write_bytes(file.read_bytes()[:-30])
-    said = []
-    again = prepare(tmp_path, log=said.append)
-    assert "encoding" in said[0]
+    file = first.train.encoded.folder / name
+    content = bytearray(file.read_bytes())
+    if damage == "one bit":
+        content[-20] ^= 1
+    file.write_bytes(content if damage == "one bit" else content[:-30])
+    lines = []
+    again = prepare(tmp_path, log=lines.append)
+    assert re.search(rf"is damaged: .*{name}.*; it is made again", lines[0])
+    assert "encoding" in lines[1]
     assert contents(again.train) == expected
+    lines.clear()
+    prepare(tmp_path, log=lines.append)
+    assert "encoded before" in lines[0]
 
 
 def _encode_slowly(folder: Path) -> None:
     module.CHUNK = 1
-    append = module._Column.append
+    append = module.Column.append
 
     def slow(self, values):
         append(self, values)
         self._file.flush()
         time.sleep(0.002)
 
-    module._Column.append = slow
+    module.Column.append = slow
     prepare(folder)
 
 
@@ -186,39 +198,60 @@ def test_the_split_depends_on_words_and_seed_only(tmp_path):
 
 
 def test_neither_side_of_the_split_is_empty():
-    words = np.array([7, 8, 9, 7], np.uint64)
+    hashes = np.array([7, 8, 9, 7], np.uint64)
     for fraction in (1e-9, 0.02, 0.999999):
-        mask = held_out_mask(words, fraction, seed=0)
+        mask = held_out_mask(hashes, fraction, seed=0)
         assert 0 < mask.sum() < 4
         assert mask[0] == mask[3]
     with pytest.raises(DataError, match="the same one: nothing can be held out"):
-        held_out_mask(words[[0, 3]], 0.5, seed=0)
+        held_out_mask(hashes[[0, 3]], 0.5, seed=0)
 
 
 def test_eval_files_are_held_out_and_never_trained_on(tmp_path):
     records = many_records(30)
     write_lines(tmp_path / "eval.jsonl", many_records(5, seed=1) + records[:3])
-    data = prepare(tmp_path, records, eval_files=str(tmp_path / "eval.jsonl,3"))
+    data = prepare(tmp_path, records, eval_files=str(tmp_path / "eval.jsonl"))
     assert (len(data.train), len(data.held_out), data.also_held_out) == (27, 8, 3)
     assert set(data.held_out.weights) == {1.0}
     with pytest.raises(DataError, match="nothing is left to train on"):
         prepare(tmp_path, records[:3], eval_files=str(tmp_path / "eval.jsonl"))
 
 
-def test_weights_follow_the_files(tmp_path):
-    write_lines(tmp_path / "a.jsonl", many_records(30))
-    write_lines(tmp_path / "b.jsonl", many_records(40, seed=1))
-    data = prepare(tmp_path, train_files=f"{tmp_path}/a.jsonl,2;{tmp_path}/b.jsonl,0.5")
-    groups = data.train.encoded.columns["groups"][data.train.ids]
-    assert set(data.train.weights[groups == 0]) == {2.0}
-    assert set(data.train.weights[groups == 1]) == {0.5}
-    assert set(data.held_out.weights) == {1.0}
-    lighter = prepare(tmp_path, train_files=f"{tmp_path}/a.jsonl;{tmp_path}/b.jsonl")
-    assert lighter.fingerprint != data.fingerprint
+def test_weights_of_a_mixture_are_shares_of_every_epoch(tmp_path):
+    write_lines(tmp_path / "a.jsonl", many_records(90))
+    write_lines(tmp_path / "b.jsonl", many_records(120, seed=1))
+    write_lines(tmp_path / "eval.jsonl", many_records(5, seed=2))
+    names = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
+    evals = {"eval_files": f"{tmp_path}/eval.jsonl"}
+
+    def conversations_per_epoch(*weights):
+        spec = ";".join(f"{name},{weight}" for name, weight in zip(names, weights, strict=True))
+        data = prepare(tmp_path, train_files=spec, **evals)
+        rows = pack_epochs(data.train.lengths, data.train.weights, 64, 0, 2)
+        parts = data.train.encoded.columns["file_set"][data.train.ids]
+        ends = [0, *(rows.offsets[end] for end in rows.epoch_ends)]
+        return [
+            np.bincount(parts[rows.documents[start:end]], minlength=2).tolist()
+            for start, end in itertools.pairwise(ends)
+        ]
+
+    # The epoch ends where the first of the two has been read once, whatever the weights' sum.
+    assert conversations_per_epoch(0.75, 0.25) == [[90, 30]] * 2
+    assert conversations_per_epoch(3, 1) == [[90, 30]] * 2
+    assert conversations_per_epoch(1, 3) == [[40, 120]] * 2
+    plain = prepare(tmp_path, train_files=";".join(names), **evals)
+    assert set(plain.train.weights) == {1.0}
+    weighted = prepare(tmp_path, train_files=f"{names[0]},1;{names[1]},1", **evals)
+    assert weighted.fingerprint != plain.fingerprint
+    with pytest.raises(DataError, match="has weights, which have no effect there"):
+        prepare(tmp_path, train_files=names[0], eval_files=f"{names[0]},1;{names[1]},1")
+    write_lines(tmp_path / "b.jsonl", many_records(5, seed=2))
+    with pytest.raises(DataError, match=r"b\.jsonl' has a share .* no conversation that can be"):
+        conversations_per_epoch(1, 1)
 
 
 def test_unusable_records_count_whether_json_or_template_refuses_them(tmp_path):
-    refused = {"messages": record("a", "b")["messages"][::-1]}
+    refused = {"messages": [record("a", "b")["messages"][i] for i in (0, 0, 1)]}
     lines = [*many_records(8), "{", refused]
     encoder = make_encoder(INSTRUCT)
     data = prepare(tmp_path, lines, encoder=encoder, max_skipped_fraction=0.2)
@@ -228,6 +261,23 @@ def test_unusable_records_count_whether_json_or_template_refuses_them(tmp_path):
     for _ in range(2):  # from the cache too
         with pytest.raises(DataError, match=r"2 of 10 records \(20.0%\) cannot be used"):
             prepare(tmp_path, encoder=encoder, max_skipped_fraction=0.19)
+
+
+def test_replies_that_the_template_shortens_are_counted_and_bounded(tmp_path):
+    thought = "<think>\nthe lazy dog\n</think>\n\nThe fox."
+    lines = [*many_records(30), record("How", thought, "More", thought)]
+    encoder = make_encoder(LAST_TURN_THINKS)
+    data = prepare(tmp_path, lines, encoder=encoder, max_target_length=256)
+    report = data.train.encoded.report
+    assert report.shortened_replies == 1 and report.replies > 31
+    assert {reason: one.count for reason, one in report.changed.items()} == {module.SHORTENED: 1}
+    rows = pack_epochs(data.train.lengths, data.train.weights, 256, 0, 1)
+    summary = summarize(data, rows, 256)
+    assert summary.shortened_replies == 1
+    text = f"replies that the chat template shortens, not trained: 1 of {report.replies}"
+    assert text in summary.text()
+    with pytest.raises(DataError, match=r"deletes a part of 1 of .*Set loss_turns=last"):
+        prepare(tmp_path, encoder=encoder, max_target_length=256, max_skipped_fraction=0.01)
 
 
 def test_a_set_without_assistant_tokens_is_an_error(tmp_path):
@@ -247,8 +297,11 @@ def test_counts_are_of_the_assistants_tokens_in_training_conversations(tmp_path)
     assert counts.sum() == data.train.assistant_lengths.sum()
     assert counts[END] > 0
     assert counts[SPECIAL.index("<|im_start|>")] == 0  # the template's, never the assistant's
-    with pytest.raises(DataError, match=r"vocab_size is 100: .* check tokenizer_path"):
-        data.train.assistant_token_counts(100)
+    largest = data.train.encoded.largest_token
+    assert largest == max(tokens.max() for d in (data.train, data.held_out) for tokens, _ in d)
+    prepare(tmp_path, vocab_size=largest + 1)
+    with pytest.raises(DataError, match=rf"vocab_size is {largest}: .* check tokenizer_path"):
+        prepare(tmp_path, vocab_size=largest)
 
 
 def test_a_prompt_is_what_stands_before_the_first_reply(tmp_path):

@@ -90,22 +90,20 @@ def test_a_longer_run_begins_with_a_shorter_one():
     assert np.array_equal(longer.documents[: len(short.documents)], short.documents)
 
 
-def test_weights_are_copies_per_epoch():
+def test_a_weight_is_the_share_of_epochs_a_document_is_in():
     lengths = np.full(1000, 100)
-    weights = np.repeat([2.0, 1.0, 0.5, 0.25, 1.5], 200)
-    seen = []
+    weights = np.repeat([1.0, 0.75, 0.5, 0.25], 250)
+    epochs = []
     for epoch in range(4):
         rows = pack_epochs(lengths, weights, T, 0, 4)
         ends = (0, *rows.epoch_ends)
-        a, b = rows.offsets[ends[epoch]], rows.offsets[ends[epoch + 1]]
-        seen.append(np.bincount(rows.documents[a:b], minlength=1000))
-        per_file = seen[-1].reshape(5, 200)
-        assert per_file.sum(1).tolist() == [400, 200, 100, 50, 300]
-        assert set(per_file[0]) == {2} and set(per_file[1]) == {1}
-        assert set(per_file[4]) == {1, 2}
-    halves = [counts[400:600] for counts in seen]
+        first, last = rows.offsets[ends[epoch]], rows.offsets[ends[epoch + 1]]
+        epochs.append(np.bincount(rows.documents[first:last], minlength=1000))
+        assert epochs[-1].reshape(4, 250).sum(1).tolist() == [250, 188, 125, 62]
+        assert epochs[-1].max() == 1
+    halves = [counts[500:750] for counts in epochs]
     assert not np.array_equal(halves[0], halves[1])  # another half each epoch
-    assert 160 < (np.sum(halves, 0) > 0).sum() < 200  # 1 - 0.5 ** 4 of them by now
+    assert 200 < (np.sum(halves, 0) > 0).sum() < 250  # 1 - 0.5 ** 4 of them by now
 
 
 def test_weights_that_leave_nothing_are_an_error():

@@ -108,7 +108,7 @@ class DraftVocabulary:
         """
         d2t = np.asarray(d2t).astype(np.int64)
         ids = np.arange(len(d2t)) + d2t
-        marked = None if t2d is None else np.flatnonzero(t2d)
+        marked = None if t2d is None else np.flatnonzero(t2d)  # the target ids that t2d names
         ascending = len(d2t) > 1 and bool((np.diff(d2t) > 0).all())
         inside = ascending and d2t[0] >= 0 and d2t[-1] < target_vocab_size
         if inside and (

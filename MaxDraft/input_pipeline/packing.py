@@ -1,9 +1,10 @@
 """Documents -> rows of T positions: shuffled, packed, never split, the same on every machine.
 
-Each epoch draws its copies (a weight of 2 is two, 0.5 another random half each epoch), shuffles
-them and cuts them into windows. Within a window best-fit decreasing packs: the longest first, each
-into the fullest row it still fits. The rows of all windows are shuffled once more. Packing windows
-rather than the epoch keeps the choice of who shares a row random at little cost in filling.
+Each epoch draws its documents (a weight of 1 is every epoch, 0.5 another random half of such
+documents each epoch), shuffles them and cuts them into windows. Within a window best-fit decreasing
+packs: the longest first, each into the fullest row it still fits. The rows of all windows are
+shuffled once more. Packing windows rather than the epoch keeps the choice of who shares a row
+random at little cost in filling.
 
 Cost: O(n log n) for n documents. Randomness comes from the raw bits of Philox, which numpy keeps
 stable over versions (it promises that for bit generators, not for `Generator.shuffle`).
@@ -43,7 +44,7 @@ def pack_rows(lengths: np.ndarray, max_target_length: int, seed: int, epoch: int
 
 def pack_epochs(
     lengths: np.ndarray,  # int [n], tokens of each document
-    weights: np.ndarray,  # float [n], copies of each document per epoch
+    weights: np.ndarray,  # float [n], share of the epochs that a document is in, above 0 to 1
     max_target_length: int,
     seed: int,
     num_epoch: int,
@@ -52,18 +53,15 @@ def pack_epochs(
     """The rows of a whole run: num_epoch epochs one after the other, more until min_rows are full.
 
     An epoch depends on nothing but its number, so a longer run begins with a shorter run's rows.
-    DataError: a weight that leaves an epoch empty.
+    DataError: weights that leave an epoch empty.
     """
     parts: list[Rows] = []
     ends: list[int] = []
     while len(parts) < num_epoch or ends[-1] < min_rows:
         epoch = len(parts)
-        chosen = _draw_copies(np.asarray(weights, np.float64), seed, epoch)
+        chosen = _draw_documents(np.asarray(weights, np.float64), seed, epoch)
         if not len(chosen):
-            raise DataError(
-                f"the weights of the data files leave no conversation in epoch {epoch + 1}; raise "
-                f"them: 1 is every conversation once per epoch"
-            )
+            raise DataError(f"the weights leave no conversation in epoch {epoch + 1}")
         part = _pack(np.asarray(lengths), chosen, max_target_length, seed, epoch)
         parts.append(part)
         ends.append(len(part) + (ends[-1] if ends else 0))
@@ -90,38 +88,38 @@ def _pack(lengths: np.ndarray, chosen: np.ndarray, T: int, seed: int, epoch: int
 
 
 def _best_fit(documents: list[int], lengths: list[int], T: int) -> list[list[int]]:
-    """Each document goes into the row with the least room that is enough, else into a new row."""
+    """Each document goes into the row with the least free space that is enough, or a new row."""
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room left -> rows
-    rooms: list[int] = []  # the keys of with_room, ascending
+    rows_by_space: dict[int, list[int]] = {}  # free positions -> numbers of rows
+    spaces: list[int] = []  # the keys of rows_by_space, ascending
     for document, length in zip(documents, lengths, strict=True):
-        at = bisect.bisect_left(rooms, length)
-        if at == len(rooms):
-            row, room = len(rows), T
+        at = bisect.bisect_left(spaces, length)
+        if at == len(spaces):
+            row, space = len(rows), T
             rows.append([])
         else:
-            room = rooms[at]
-            row = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[at]
+            space = spaces[at]
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                del rows_by_space[space], spaces[at]
         rows[row].append(document)
-        left = room - length
+        left = space - length
         if left:
-            if left not in with_room:
-                bisect.insort(rooms, left)
-                with_room[left] = []
-            with_room[left].append(row)
+            if left not in rows_by_space:
+                bisect.insort(spaces, left)
+                rows_by_space[left] = []
+            rows_by_space[left].append(row)
     return rows
 
 
-def _draw_copies(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Document numbers, each floor(weight) times, the fraction by lot: round(fraction * n) of the
-    n documents of one weight."""
-    parts = [np.repeat(np.arange(len(weights)), np.floor(weights).astype(np.int64))]
-    for weight in np.unique(weights[weights % 1 > 0]):
+def _draw_documents(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Document numbers: those of weight 1, and at random round(weight * n) of the n documents that
+    share a lower weight."""
+    parts = [np.flatnonzero(weights == 1)]
+    for weight in np.unique(weights[weights < 1]):
         candidates = np.flatnonzero(weights == weight)
-        lots = _shuffled(len(candidates), seed, epoch, 3)
-        parts.append(candidates[lots[: round(weight % 1 * len(candidates))]])
+        draw = _shuffled(len(candidates), seed, epoch, 3)
+        parts.append(candidates[draw[: round(weight * len(candidates))]])
     return np.concatenate(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from MaxDraft.input_pipeline.dataset import Dataset, Documents
 from MaxDraft.input_pipeline.packing import Rows
+from MaxDraft.input_pipeline.template_renderer import PINNED_TIME
 
 OPEN, CLOSE = "⟦", "⟧"  # around what the assistant wrote
 
@@ -38,7 +40,7 @@ class Side:
         return self.assistant_tokens / self.tokens
 
     @classmethod
-    def of(cls, documents: Documents) -> Side:
+    def from_documents(cls, documents: Documents) -> Side:
         return cls(
             len(documents),
             int(documents.lengths.sum()),
@@ -54,6 +56,11 @@ class Summary:
     records_read: int
     records_skipped: int
     skipped: tuple[str, ...]  # a line for each reason
+    changed: tuple[str, ...]  # records used in part, a line for each reason
+    ignored_fields: dict[str, int]  # fields that are not read -> records that have them
+    replies: int
+    shortened_replies: int  # of which the chat template deletes a part
+    template_date: str  # what the clocks of the chat template show
     left_out: dict[str, int]  # conversations, by reason
     train: Side
     held_out: Side
@@ -77,6 +84,15 @@ class Summary:
             f"({share:.2%} of the records)"
         ]
         lines += [f"  {reason}" for reason in self.skipped]
+        lines += [f"used in part: {reason}" for reason in self.changed]
+        if self.shortened_replies:
+            lines.append(
+                f"replies that the chat template shortens, not trained: {self.shortened_replies} "
+                f"of {self.replies} ({self.shortened_replies / self.replies:.2%} of the replies)"
+            )
+        if self.ignored_fields:
+            fields = (f"{name!r} ({count})" for name, count in self.ignored_fields.items())
+            lines.append(f"fields that are not read (records that have them): {', '.join(fields)}")
         lines += [f"left out: {n} conversations, {reason}" for reason, n in self.left_out.items()]
         for name, side in (("train", self.train), ("held out", self.held_out)):
             lines.append(
@@ -103,10 +119,10 @@ def summarize(
 ) -> Summary:
     """rows: of the training run, as pack_epochs made them; efficiency is its first epoch's."""
     reports = [encoded.report for encoded in dataset.encoded]
-    left_out: dict[str, int] = {}
+    left_out, ignored_fields = Counter(), Counter()
     for encoded in dataset.encoded:
-        for reason, count in encoded.left_out.items():
-            left_out[reason] = left_out.get(reason, 0) + count
+        left_out.update(encoded.left_out)
+        ignored_fields.update(encoded.report.ignored_fields)
     if dataset.also_held_out:
         left_out["in the training files and in the eval files"] = dataset.also_held_out
     R = rows.epoch_ends[0]
@@ -114,10 +130,15 @@ def summarize(
     return Summary(
         records_read=sum(report.records for report in reports),
         records_skipped=sum(report.skipped_records for report in reports),
-        skipped=tuple(line for report in reports for line in report.reasons()),
-        left_out=left_out,
-        train=Side.of(dataset.train),
-        held_out=Side.of(dataset.held_out),
+        skipped=tuple(line for report in reports for line in report.skip_lines()),
+        changed=tuple(line for report in reports for line in report.change_lines()),
+        ignored_fields=dict(ignored_fields),
+        replies=sum(report.replies for report in reports),
+        shortened_replies=sum(report.shortened_replies for report in reports),
+        template_date=PINNED_TIME.date().isoformat(),
+        left_out=dict(left_out),
+        train=Side.from_documents(dataset.train),
+        held_out=Side.from_documents(dataset.held_out),
         max_target_length=max_target_length,
         rows_first_epoch=R,
         packing_efficiency=real / (R * max_target_length),

@@ -38,7 +38,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
         head,
         config.ttt_length,
         config.max_target_length,
-        run.data.judged_share,
+        run.data.supervised_share,
     )
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     say(

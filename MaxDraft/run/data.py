@@ -1,29 +1,28 @@
 """The data side of a run: conversations -> packed rows, draft vocabulary, batches, prompts.
 
-Reads the Config and hands plain values to input_pipeline, which knows neither it nor devices.
+Reads the Config and hands plain values to input_pipeline, which knows neither it nor devices. What
+it takes of the target and of the mesh is a few numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from MaxDraft.drafts import vocabulary
 from MaxDraft.drafts.vocabulary import DraftVocabulary
-from MaxDraft.input_pipeline import batches, chat_template, dataset, packing, summary
-from MaxDraft.input_pipeline.chat_template import ChatEncoder
+from MaxDraft.input_pipeline import batches, dataset, packing, summary
+from MaxDraft.input_pipeline.chat_template import ChatEncoder, check_vocabulary
 from MaxDraft.input_pipeline.dataset import Dataset
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.packing import Rows
+from MaxDraft.input_pipeline.tokenizer_files import load_tokenizer
 from MaxDraft.pyconfig import Config
-from MaxDraft.targets.dims import DecoderDims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,8 @@ class RunData:
     held_out_rows: Rows
     rows_per_step: int  # global batch: all devices, all micro-batches
     vocab_size: int  # V
+    process_index: int
+    process_count: int
 
     @property
     def total_steps(self) -> int:
@@ -77,9 +78,9 @@ class RunData:
         )
 
     @property
-    def judged_share(self) -> float:
-        """Of the training tokens, those whose row the rollout judges: about the assistant's."""
-        return summary.Side.of(self.dataset.train).assistant_share
+    def supervised_share(self) -> float:
+        """Share of the training tokens that the assistant wrote: about the supervised ones."""
+        return summary.Side.from_documents(self.dataset.train).assistant_share
 
     def sample(self) -> str:
         """The first training conversation, decoded, the assistant's tokens in brackets."""
@@ -91,12 +92,12 @@ class RunData:
 
     def held_out_batches(self, limit: int) -> Iterator[batches.Batch]:
         """This host's batches of the held-out rows, each row once; at most `limit`, -1: all."""
-        found = self._iterator(self.dataset.held_out, self.held_out_rows, True)
-        for number, batch in enumerate(found):
+        iterator = self._iterator(self.dataset.held_out, self.held_out_rows, True)
+        for number, batch in enumerate(iterator):
             if number == limit:
                 break
             yield batch
-        found.close()
+        iterator.close()
 
     def prompts(self, target_length: int) -> list[list[int]]:
         """Up to decode_num_prompts different held-out prompts that leave room for a reply.
@@ -106,20 +107,20 @@ class RunData:
         """
         count = self.config.decode_num_prompts
         max_length = target_length - self.config.decode_max_new_tokens
-        found: dict[tuple[int, ...], None] = {}
+        prompts: dict[tuple[int, ...], None] = {}  # an ordered set
         for i in range(len(self.dataset.held_out)):
             prompt = self.dataset.held_out.prompt(i)
             if 0 < len(prompt) <= max_length:
-                found[tuple(prompt.tolist())] = None
-            if len(found) == count:
+                prompts[tuple(prompt.tolist())] = None
+            if len(prompts) == count:
                 break
-        if not found:
+        if not prompts:
             raise DataError(
                 f"no held-out prompt leaves room for decode_max_new_tokens="
                 f"{self.config.decode_max_new_tokens} among the {target_length} positions of the "
                 f"target; lower decode_max_new_tokens"
             )
-        return [list(prompt) for prompt in found]
+        return [list(prompt) for prompt in prompts]
 
     def _iterator(self, documents: Any, rows: Rows, pad_last: bool, start: int = 0):
         return batches.make_batch_iterator(
@@ -127,8 +128,8 @@ class RunData:
             rows,
             max_target_length=self.config.max_target_length,
             global_batch_size=self.rows_per_step,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            host=self.process_index,
+            num_hosts=self.process_count,
             pad_last=pad_last,
             start=start,
             worker_count=self.config.grain_worker_count,
@@ -137,16 +138,24 @@ class RunData:
 
 
 def open_data(
-    config: Config, target: DecoderDims, mesh: Mesh, log: Callable[[str], None]
+    config: Config,
+    *,
+    vocab_size: int,
+    stop_token_ids: Collection[int],
+    device_count: int,
+    process_index: int,
+    process_count: int,
+    log: Callable[[str], None],
 ) -> RunData:
-    """Tokenizer, encoded conversations and packed rows; DataError says what is wrong with them."""
+    """Tokenizer, encoded conversations and packed rows; DataError says what is wrong with them.
+
+    vocab_size, stop_token_ids: of the target. device_count: of the whole mesh.
+    """
     template = Path(config.chat_template).expanduser() if config.chat_template else None
-    tokenizer = chat_template.load_tokenizer(
-        config.tokenizer_directory, config.trust_remote_code, template
-    )
-    chat_template.check_vocabulary(tokenizer, target.vocab_size)
-    encoder = ChatEncoder(tokenizer, config.loss_turns)
-    found = dataset.prepare_dataset(
+    tokenizer = load_tokenizer(config.tokenizer_directory, config.trust_remote_code, template)
+    encoder = ChatEncoder(tokenizer, config.loss_turns, stop_token_ids)
+    check_vocabulary(encoder, vocab_size)
+    data = dataset.prepare_dataset(
         train_files=config.grain_train_files,
         eval_files=config.grain_eval_files,
         eval_fraction=config.eval_fraction,
@@ -156,20 +165,29 @@ def open_data(
         max_skipped_fraction=config.max_skipped_fraction,
         seed=config.data_shuffle_seed,
         cache_dir=config.run_directory / "data",
+        vocab_size=vocab_size,
         log=log,
     )
-    rows_per_step = config.per_device_batch_size * config.gradient_accumulation_steps * mesh.size
+    rows_per_step = config.per_device_batch_size * config.gradient_accumulation_steps * device_count
     train_rows = packing.pack_epochs(
-        found.train.lengths,
-        found.train.weights,
+        data.train.lengths,
+        data.train.weights,
         config.max_target_length,
         config.data_shuffle_seed,
         config.num_epoch,
         min_rows=max(config.steps, 0) * rows_per_step,
     )
     held_out_rows = packing.pack_rows(
-        found.held_out.lengths, config.max_target_length, config.data_shuffle_seed
+        data.held_out.lengths, config.max_target_length, config.data_shuffle_seed
     )
     return RunData(
-        config, encoder, found, train_rows, held_out_rows, rows_per_step, target.vocab_size
+        config=config,
+        encoder=encoder,
+        dataset=data,
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        rows_per_step=rows_per_step,
+        vocab_size=vocab_size,
+        process_index=process_index,
+        process_count=process_count,
     )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from MaxDraft import distributed
 from MaxDraft.convert.heads import load as head_import
+from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.convert.target.quantized_params import keep_quantized
 from MaxDraft.drafts.eagle3.head import HeadDims
@@ -76,6 +77,24 @@ def open_target(config: Config) -> Target:
             f"positions of the target (max_position_embeddings, with longrope the original ones)"
         )
     return Target(path, hf_config, dims, capture, target_checkpoint.target_fingerprint(path))
+
+
+def stop_token_ids(target: Target) -> tuple[int, ...]:
+    """The tokens at which serving stops: eos_token_id of config.json and generation_config.json."""
+    sources = {"config.json": target.config}
+    if (target.path / "generation_config.json").is_file():
+        sources["generation_config.json"] = read_json(target.path / "generation_config.json")
+    stops = set()
+    for name, source in sources.items():
+        value = source.get("eos_token_id") if isinstance(source, dict) else None
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(i) is int for i in ids):
+            raise TargetError(
+                f"{target.path / name}: eos_token_id is {value!r}, and must be a token id or a "
+                f"list of them"
+            )
+        stops.update(ids)
+    return tuple(sorted(stops))
 
 
 def target_table(config: Config, target: Target, keep: bool) -> Tree:

@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from MaxDraft import distributed, pyconfig, sharding, storage
 from MaxDraft.checkpointing import Checkpoints
 from MaxDraft.convert.heads import load as head_import
-from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.eagle3.head import HeadDims
@@ -36,6 +35,7 @@ from MaxDraft.run.target import (
     Target,
     open_target,
     saved_head_dims,
+    stop_token_ids,
     target_table,
     wanted_head_dims,
     with_embedded_target,
@@ -64,19 +64,12 @@ class Run:
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply: those of the target's configs, and of the chat template."""
-        found = set(self.data.encoder.end_ids)
-        sources = [self.target.config]
-        if (self.target.path / "generation_config.json").is_file():
-            sources.append(read_json(self.target.path / "generation_config.json"))
-        for source in sources:
-            ids = source.get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else {ids} - {None}
-        if not found:
+        if not self.data.encoder.end_ids:
             raise TargetError(
                 f"no token ends a reply: {self.target.path} names no eos_token_id, and the chat "
                 f"template ends a turn with no special token"
             )
-        return tuple(sorted(found))
+        return tuple(sorted(self.data.encoder.end_ids))
 
     def train_batches(self, batches_read: int) -> Iterator[Batch]:
         """Global batches [A, B, T] on the devices, from number `batches_read` on."""
@@ -121,7 +114,17 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
         [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
     )
-    data = open_data(config, target.dims, mesh, say) if with_data else None
+    data = None
+    if with_data:
+        data = open_data(
+            config,
+            vocab_size=target.dims.vocab_size,
+            stop_token_ids=stop_token_ids(target),
+            device_count=mesh.size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            log=say,
+        )
     total_steps = data.total_steps if data else 1
     checkpoints = Checkpoints(config, say, read_only=not for_training)
     saved = checkpoints.saved_identity()
