@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from MaxDraft import config_checks, config_layers, config_yaml, storage
+from MaxDraft import config_checks, config_help, config_layers, config_yaml, storage
 from MaxDraft.config_keys import KEYS, may_change_on_resume
 from MaxDraft.config_layers import Values, is_file
 from MaxDraft.config_renames import modernized
@@ -116,12 +116,17 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     from_run: evaluate and export go on from a finished run, so that run's config.yml, found by
     base_output_directory and run_name, stands between the model file and the environment.
     reads_files: False where neither target nor data is read, so that neither need be named.
+    Where argv asks for --help, prints it and ends the process with status 0.
     """
+    help_text = config_help.answer(argv)
+    if help_text is not None:
+        print(help_text)
+        raise SystemExit(0)
     if len(argv) < 2 or "=" in argv[1]:
         program = argv[0] if argv else "MaxDraft/train.py"
         raise ConfigError(
             f"the first argument is the configuration file: "
-            f"python3 {program} configs/base.yml key=value ..."
+            f"python3 {program} configs/base.yml key=value ... (--help says more)"
         )
     base_path = Path(argv[1])
     base = config_layers.from_base_file(base_path)
