@@ -200,6 +200,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "decode_batch_size": Key(int, range=BATCH, resume=True),
         "decode_max_new_tokens": Key(int, range=TOKENS, resume=True),
         "decode_draft_steps": Key(int, range=Range(1, 64), resume=True),
+        "decode_recurrent_position_offset": Key(int, range=Range(0, 1), resume=True),
         "decode_temperature": Key(float, range=Range(0, 100), resume=True),
         "export_path": _path(resume=True),
     }

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from MaxDraft import pyconfig, sharding, storage
-from MaxDraft.decoding.generate import TargetModel
-from MaxDraft.decoding.measure import DecodeSettings, measure
-from MaxDraft.decoding.speculative import DraftModel
+from MaxDraft.decoding.drafter import BoundDrafter
+from MaxDraft.decoding.measure import measure
+from MaxDraft.decoding.state import DecodeParams, DecodeSpec
+from MaxDraft.decoding.target_model import TargetModel
 from MaxDraft.drafts import metrics
+from MaxDraft.drafts.eagle3 import decoding as eagle3_decoding
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.errors import run_main
 from MaxDraft.layers import params as parameters
@@ -52,6 +54,7 @@ def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any
     result |= decode(run, params, frozen, prompts)
     result["settings"] = {
         "draft_steps": config.decode_draft_steps,
+        "recurrent_position_offset": config.decode_recurrent_position_offset,
         "max_new_tokens": config.decode_max_new_tokens,
         "batch_size": config.decode_batch_size,
         "dtype": config.dtype,
@@ -77,30 +80,29 @@ def held_out_metrics(
 
 
 def decode(run: Run, params: Tree, frozen: Frozen, prompts: list[list[int]]) -> dict[str, Any]:
-    """Real decoding of `prompts`, on the mesh with whole batches on every device."""
-    config, dtype = run.config, jnp.dtype(run.config.dtype)
-    rules = [rule for rule in config.logical_axis_rules if not rule[0].endswith("_batch")]
+    """Real decoding of `prompts`, split over all devices of the mesh."""
+    config, rules = run.config, run.config.logical_axis_rules
     table = eagle3.head_params(run.head_dims)
     untrained = jax.jit(
         lambda: parameters.initialize(table, config.init_weights_seed),
-        out_shardings=parameters.shardings(table, run.mesh, config.logical_axis_rules),
+        out_shardings=parameters.shardings(table, run.mesh, rules),
     )()
+    spec = DecodeSpec(
+        target=TargetModel(run.target.dims, run.target.capture, jnp.dtype(config.dtype)),
+        drafter=BoundDrafter(eagle3_decoding, run.head_dims),
+        num_draft_tokens=config.decode_draft_steps,
+        max_new_tokens=config.decode_max_new_tokens,
+        stop_ids=run.stop_ids,
+        temperature=config.decode_temperature,
+        recurrent_position_offset=config.decode_recurrent_position_offset,
+    )
     with sharding.axis_rules(run.mesh, rules):
         return measure(
-            TargetModel(run.target.dims, run.target.capture, dtype),
-            DraftModel(run.head_dims, dtype),
-            frozen.target,
-            params,
+            spec,
+            DecodeParams(frozen.target, params, frozen.draft_to_target),
             untrained,
-            frozen.draft_to_target,
             prompts,
-            DecodeSettings(
-                draft_steps=config.decode_draft_steps,
-                max_new_tokens=config.decode_max_new_tokens,
-                temperature=config.decode_temperature,
-                batch_size=config.decode_batch_size,
-                stop_ids=run.stop_ids,
-            ),
+            config.decode_batch_size * run.mesh.size,
             say,
         )
 
@@ -117,6 +119,8 @@ def table(result: dict[str, Any]) -> str:
         f"{len(result['acc'])} drafts)",
         f"accept_length      {result['accept_length']:.2f}  (greedy, chain of {chain} drafts: "
         f"tokens per verify step, {result['prompts']} prompts, {result['reply_tokens']} tokens)",
+        f"  as engines count {result['accept_length_engine']:.2f}  (with drafts accepted behind "
+        f"the end of a reply)",
         f"  untrained head   {result['accept_length_untrained']:.2f}",
     ]
     if "sampled" in result:

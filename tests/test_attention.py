@@ -16,8 +16,10 @@ from MaxDraft.layers.attention import (
     interval_attention,
     merge_own_keys,
     packed_attention,
+    slots_up_to,
+    write_slots,
 )
-from MaxDraft.layers.attention_keys import Keys, Scoring
+from MaxDraft.layers.attention_keys import PLAIN, Keys, Scoring
 
 TOLERANCE = 1e-5
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4 + [0] * 2, [1] * 18])  # [B, T]
@@ -302,7 +304,7 @@ def test_scores_of_bfloat16_inputs_are_float32():
     expected = 1 / (1 + np.exp(-0.25))
     for out in (
         packed_attention(q, k, v, jnp.ones((1, 2), jnp.int32), 2),
-        cached_attention(q, k, v, jnp.arange(2)[None]),
+        cached_attention(q, k, v, slots_up_to(jnp.arange(2)[None], 2)),
     ):
         assert out.dtype == jnp.bfloat16
         np.testing.assert_allclose(out[0, 1, 0].astype(np.float32), expected, atol=0.01)
@@ -315,6 +317,27 @@ def test_attention_over_a_cache_equals_packed_attention(fed):
     expected = packed_attention(q, k, v, jnp.asarray(SEGMENTS[1:]), 5)[:, -fed:]
     unwritten = jnp.full((1, 7, *k.shape[2:]), 1e4)
     caches = (jnp.concatenate([x, unwritten], 1) for x in (k, v))
-    slots = jnp.arange(18 - fed, 18)[None]
-    ours = cached_attention(q[:, -fed:], *caches, slots)
+    visible = slots_up_to(jnp.arange(18 - fed, 18)[None], 25)
+    ours = cached_attention(q[:, -fed:], *caches, visible)
+    assert harness.relative_error(ours, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=5), Scoring(chunk=4)])
+def test_the_order_of_cache_slots_changes_nothing(scoring):
+    # The tokens lie anywhere in the cache; what is visible and where tokens stand is given.
+    q, k, v = narrow(x[1:] for x in make(0))
+    segments, positions = jnp.asarray(SEGMENTS[1:]), jnp.arange(18)[None]
+    expected = packed_attention(q, k, v, segments, 5, scoring=scoring, positions=positions)
+    slots = jnp.asarray(np.random.default_rng(4).permutation(25)[None, :18])
+    cache = write_slots((jnp.full((1, 25, *k.shape[2:]), 1e4),) * 2, (k, v), slots)
+    every_token = jnp.zeros((1, 18, 25), bool)
+    visible = every_token.at[0, :, slots[0]].set(jnp.triu(jnp.ones((18, 18), bool)))
+    ours = cached_attention(
+        q,
+        *cache,
+        visible,
+        scoring=scoring,
+        positions=positions,
+        slot_positions=jnp.zeros((1, 25), jnp.int32).at[0, slots[0]].set(positions[0]),
+    )
     assert harness.relative_error(ours, expected) < TOLERANCE

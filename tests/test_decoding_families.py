@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_helpers import assert_same_replies, decode, decode_spec
 from goldens import recipe
 from harness import relative_error
 
-from MaxDraft.decoding.generate import TargetModel, decode_plain
-from MaxDraft.decoding.speculative import DraftModel, decode_speculative
+from MaxDraft.decoding.state import DecodeParams
+from MaxDraft.decoding.target_model import CachedContext, TargetModel
 from MaxDraft.drafts.eagle3.head import HeadDims, head_params
 from MaxDraft.layers import params as parameters
 from MaxDraft.targets import decoder
@@ -50,11 +51,16 @@ def test_a_text_fed_piece_by_piece_gives_the_features_of_the_whole(family):
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     _, features, last = jax.jit(
         lambda p: decoder.features(
-            p, tokens, positions, positions * 0, model.dims, model.capture, jnp.float32, 64
+            p, tokens, positions, positions * 0, model.dims, model.target_layer_ids, jnp.float32, 64
         )
     )(params)
 
-    extend, cache = jax.jit(model.extend), model.empty_cache(2, LENGTH)
+    cache = model.empty_cache(2, LENGTH)
+
+    @jax.jit
+    def extend(params, cache, tokens, positions):
+        return model.extend(params, cache, tokens, CachedContext.from_chain(positions, LENGTH))
+
     # The first piece ends with two tokens that are refused: they are fed again, as others.
     wrong = tokens[:, :122].at[:, 120:].add(1) % model.dims.vocab_size
     found = [extend(params, cache, wrong, positions[:, :122])]
@@ -85,15 +91,7 @@ def test_greedy_replies_are_the_same_with_drafts_and_without(family):
     rng = np.random.default_rng(2)  # no token of any reply is nearly tied with another
     prompts = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, 20)), jnp.int32)
     lengths = jnp.asarray([20, 13])
-    how = {"max_new_tokens": 24, "stop_ids": (0,), "temperature": 0.0}
-    plain = jax.jit(functools.partial(decode_plain, model, **how))(
-        params, prompts, lengths, jax.random.key(0)
-    )
-    drafted = jax.jit(
-        functools.partial(
-            decode_speculative, model, DraftModel(head_dims, jnp.float32), draft_steps=3, **how
-        )
-    )(params, head, jnp.arange(DRAFT_VOCABULARY), prompts, lengths, jax.random.key(0))
-    np.testing.assert_array_equal(plain.length, drafted.length)
-    for row, length in enumerate(plain.length):
-        np.testing.assert_array_equal(plain.tokens[row, :length], drafted.tokens[row, :length])
+    spec = decode_spec(model.dims, model.target_layer_ids, head_dims, stop_ids=(0,))
+    params = DecodeParams(params, head, jnp.arange(DRAFT_VOCABULARY))
+    plain = decode(spec.without_drafts(), params, prompts, lengths)
+    assert_same_replies(plain, decode(spec, params, prompts, lengths))

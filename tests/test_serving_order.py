@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_helpers import assert_same_replies, decode, decode_spec
 from models import CAPTURE, random_head, random_target, tiny_dims, tiny_head_dims
 
-from MaxDraft.decoding.generate import TargetModel, decode_plain
-from MaxDraft.decoding.speculative import DraftModel, accept_sampled, decode_speculative
+from MaxDraft.decoding.acceptance import accept_sampled
+from MaxDraft.decoding.state import DecodeParams
+from MaxDraft.decoding.target_model import CachedContext, TargetModel
 from MaxDraft.drafts.alignment import aligned_rows
+from MaxDraft.drafts.eagle3 import decoding as eagle3_decoding
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
+from MaxDraft.layers.attention import slots_up_to
 from MaxDraft.targets import decoder
 
 TARGET = tiny_dims()
@@ -63,47 +67,65 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
     )[:, 0]
 
     target = TargetModel(TARGET, CAPTURE, jnp.float32)
-    head = DraftModel(HEAD, jnp.float32)
-    cache = target.empty_cache(1, length + steps + 1)
-    head_cache = head.empty_cache(1, length + steps + 1)
+    num_slots = length + steps + 1
+    cache = target.empty_cache(1, num_slots)
+    head_cache = eagle3_decoding.empty_cache(HEAD, 1, num_slots, jnp.float32)
 
     def embed(ids):
-        return decoder.embed(target_params, jnp.asarray(ids, jnp.int32)[None], jnp.float32)
+        return decoder.embed(target_params, jnp.asarray(ids, jnp.int32), jnp.float32)
 
-    def read(first, last, cache, head_cache):
-        """Target reads x[first..last], head reads the same rows with real features."""
-        rows = jnp.arange(first, last + 1)[None]
-        features, _, cache = target.extend(
-            target_params, cache, jnp.asarray(tokens[None, first : last + 1], jnp.int32), rows
+    @jax.jit
+    def read(read_tokens, next_tokens, rows, cache, head_cache):
+        """The target reads tokens, the head reads the same rows with the target's features."""
+        context = CachedContext.from_chain(rows, num_slots)
+        features, _, cache = target.extend(target_params, cache, read_tokens, context)
+        states, head_cache = eagle3_decoding.absorb(
+            head_params, HEAD, head_cache, embed(next_tokens), features, rows, rows, context.visible
         )
-        fused = eagle3.fuse(head_params, features)
-        states, head_cache = head.step(
-            head_params, head_cache, embed(tokens[first + 1 : last + 2]), fused, rows
+        return states[:, -1], cache, head_cache
+
+    @jax.jit
+    def chain_logits(state, chain, row, head_cache):
+        """The logits [K, D] of a chain whose drafts are `chain` [K], whatever the head prefers."""
+        logits = []
+
+        def choose(step, scores):
+            logits.append(scores[0])
+            return chain[step][None], None
+
+        slot = row[None] + 1
+        _, _, head_cache = eagle3_decoding.draft(
+            head_params,
+            HEAD,
+            head_cache,
+            embed=embed,
+            state=state,
+            token=chain[:1],
+            slots=slot,
+            positions=slot,
+            visible=slots_up_to(row[None], num_slots),
+            choose=choose,
+            num_draft_tokens=steps,
         )
-        return states[:, -1:], cache, head_cache
+        return jnp.stack(logits), head_cache
+
+    def rows_read(first, last):
+        rows = np.arange(first, last + 1)[None]
+        return jnp.asarray(tokens[rows], jnp.int32), jnp.asarray(tokens[rows + 1], jnp.int32), rows
 
     visited = np.zeros_like(aligned)
-    state, cache, head_cache = read(0, start - 1, cache, head_cache)
+    state, cache, head_cache = read(*rows_read(0, start - 1), cache, head_cache)
     row = start - 1
     while row + 2 < end:  # there is still a token to draft
-        drafted, chain_cache = state, head_cache
-        for k in range(steps):
-            if k > 0:
-                drafted, chain_cache = head.step(
-                    head_params,
-                    chain_cache,
-                    embed(tokens[row + 1 + k : row + 2 + k]),
-                    drafted,
-                    jnp.array([[row + k]]),
-                )
-            if row + 2 + k < end:
-                visited[k, row] = True
-                got = np.asarray(eagle3.logits(head_params, HEAD, drafted))[0, 0]
-                np.testing.assert_allclose(got, trained[k, row], rtol=1e-4, atol=1e-4)
+        chain = np.resize(tokens[row + 2 : end], steps).astype(np.int32)
+        logits, chain_cache = chain_logits(state, chain, jnp.int32(row), head_cache)
+        for k in range(min(steps, end - row - 2)):
+            visited[k, row] = True
+            np.testing.assert_allclose(logits[k], trained[k, row], rtol=1e-4, atol=1e-4)
         accepted = {"none": 0, "some": int(rng.integers(0, steps + 1)), "all": steps}[acceptance]
         accepted = min(accepted, end - row - 3)
         # The drafted keys stay in the cache, as in serving, and are written over.
-        state, cache, head_cache = read(row + 1, row + 1 + accepted, cache, chain_cache)
+        state, cache, head_cache = read(*rows_read(row + 1, row + 1 + accepted), cache, chain_cache)
         row += 1 + accepted
 
     assert not (visited & ~aligned).any()
@@ -128,17 +150,11 @@ def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(p
     steps, new_tokens, stop = 3, 24, (5,)
     prompts = np.random.default_rng(1).integers(0, TARGET.vocab_size, (2, 11)).astype(np.int32)
     lengths = np.array([11, 7], np.int32)
-    reply = jax.jit(
-        functools.partial(
-            decode_speculative,
-            TargetModel(TARGET, CAPTURE, jnp.float32),
-            DraftModel(HEAD, jnp.float32),
-            draft_steps=steps,
-            max_new_tokens=new_tokens,
-            stop_ids=stop,
-            temperature=0.0,
-        )
-    )(target_params, head_params, DRAFT_TO_TARGET, prompts, lengths, jax.random.key(0))
+    spec = decode_spec(
+        TARGET, CAPTURE, HEAD, num_draft_tokens=steps, max_new_tokens=new_tokens, stop_ids=stop
+    )
+    params = DecodeParams(target_params, head_params, DRAFT_TO_TARGET)
+    reply = decode(spec, params, prompts, lengths)
 
     @jax.jit
     def target_argmax(tokens):
@@ -154,7 +170,7 @@ def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(p
         reply.tokens,
         reply.length,
         reply.verify_steps,
-        reply.accepted,
+        reply.accepted_drafts,
         strict=True,
     ):
 
@@ -181,27 +197,22 @@ def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(p
         assert accepted.tolist() == histogram.tolist()
 
 
-@pytest.mark.parametrize("draft_steps", [1, 3, 5])
-def test_greedy_speculative_output_equals_plain_output(pair, draft_steps):
-    target_params, head_params = pair
-    model = TargetModel(TARGET, CAPTURE, jnp.float32)
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 5])
+def test_greedy_speculative_output_equals_plain_output(pair, num_draft_tokens):
     prompts = np.random.default_rng(2).integers(0, TARGET.vocab_size, (4, 9)).astype(np.int32)
     lengths = np.array([9, 3, 6, 1], np.int32)
-    settings = {"max_new_tokens": 30, "stop_ids": (2, 5), "temperature": 0.0}
-    plain = jax.jit(functools.partial(decode_plain, model, **settings))(
-        target_params, prompts, lengths, jax.random.key(0)
+    spec = decode_spec(
+        TARGET,
+        CAPTURE,
+        HEAD,
+        num_draft_tokens=num_draft_tokens,
+        max_new_tokens=30,
+        stop_ids=(2, 5),
     )
-    drafted = jax.jit(
-        functools.partial(
-            decode_speculative,
-            model,
-            DraftModel(HEAD, jnp.float32),
-            draft_steps=draft_steps,
-            **settings,
-        )
-    )(target_params, head_params, DRAFT_TO_TARGET, prompts, lengths, jax.random.key(0))
-    np.testing.assert_array_equal(plain.length, drafted.length)
-    np.testing.assert_array_equal(plain.tokens, drafted.tokens)
+    params = DecodeParams(*pair, DRAFT_TO_TARGET)
+    plain = decode(spec.without_drafts(), params, prompts, lengths)
+    assert_same_replies(plain, decode(spec, params, prompts, lengths))
+    np.testing.assert_array_equal(plain.verify_steps, plain.length - 1)
     assert len(set(plain.length.tolist())) > 1  # some stopped early, some ran on
 
 
@@ -216,7 +227,7 @@ def test_rejection_sampling_leaves_the_targets_distribution_unchanged():
     q /= q.sum()
     drafts = rng.choice(vocab, size=(draws, 1), p=q[0]).astype(np.int32)
     accepted, tokens = jax.jit(accept_sampled)(
-        jax.random.key(0),
+        jax.random.split(jax.random.key(0), draws),
         jnp.asarray(drafts),
         jnp.broadcast_to(jnp.asarray(q, jnp.float32), (draws, 1, vocab)),
         jnp.broadcast_to(jnp.asarray(p, jnp.float32), (draws, 2, vocab)),
@@ -234,27 +245,26 @@ def test_rejection_sampling_leaves_the_targets_distribution_unchanged():
     assert abs(accepted.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / draws)
 
 
-def test_sampled_decoding_follows_the_targets_distribution(pair):
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_sampled_decoding_follows_the_targets_distribution(pair, drafts):
     # Two new tokens at temperature 0.7, many samples: the pair's distribution is the target's.
-    target_params, head_params = pair
+    target_params, _ = pair
     prompt, draws, temperature = np.array([3, 8, 1, 4], np.int32), 20_000, 0.7
-    reply = jax.jit(
-        functools.partial(
-            decode_speculative,
-            TargetModel(TARGET, CAPTURE, jnp.float32),
-            DraftModel(HEAD, jnp.float32),
-            draft_steps=2,
-            max_new_tokens=2,
-            stop_ids=(99,),
-            temperature=temperature,
-        )
-    )(
-        target_params,
-        head_params,
-        DRAFT_TO_TARGET,
+    spec = decode_spec(
+        TARGET,
+        CAPTURE,
+        HEAD,
+        num_draft_tokens=2,
+        max_new_tokens=2,
+        stop_ids=(99,),
+        temperature=temperature,
+    )
+    reply = decode(
+        spec if drafts else spec.without_drafts(),
+        DecodeParams(*pair, DRAFT_TO_TARGET),
         np.tile(prompt, (draws, 1)),
         np.full(draws, 4, np.int32),
-        jax.random.key(5),
+        seed=5,
     )
 
     def distribution(text):

@@ -1,8 +1,18 @@
-"""Plain decoding of the target with a cache: the yardstick of speculative decoding.
+"""Speculative decoding: rounds of propose, verify, accept, commit.
 
-B prompts, P prompt length (right-padded), S tokens fed at once, C cache slots. Slot s of a cache
-belongs to position s; a slot is always written before a query may see it, so pads never matter.
-Sampling divides logits by the temperature; temperature 0 is the argmax.
+With x[0..n-1] committed, the target and the drafter have read all but x[n-1]. One round:
+
+    propose   the drafter proposes d_1..d_N to follow x[n-1]
+    verify    the target reads x[n-1], d_1..d_N in one pass: N + 1 distributions
+    accept    the first a drafts stay, and the target adds one token of its own
+    commit    the reply grows by these a + 1 tokens, and the drafter reads the rows n-1..n+a-1 with
+              the target's aux hidden states
+
+Decoding without drafts is the case N = 0. Slots hold the text in order: x[i] lies in slot i, drafts
+in the slots from n on, where the next round writes over those that were refused.
+
+B batch, P prompt length (padded on the right), C cache slots, N drafts, H hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,213 +23,238 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.layers.attention import cached_attention
-from MaxDraft.layers.delta_net import causal_conv, gated_delta_step
-from MaxDraft.layers.params import Tree
+from MaxDraft.decoding.acceptance import (
+    accept_greedy,
+    accept_sampled,
+    choose_token,
+    fold_in,
+    probabilities,
+)
+from MaxDraft.decoding.state import (
+    Acceptance,
+    DecodeParams,
+    DecodeSpec,
+    DecodeState,
+    Proposal,
+    Reply,
+    Verification,
+)
+from MaxDraft.decoding.target_model import CachedContext
+from MaxDraft.layers.attention import read_slots, slots_up_to
 from MaxDraft.targets import decoder
-from MaxDraft.targets.dims import MLA, Attention, DecoderDims, DeltaNet
-from MaxDraft.targets.mixers import split_heads
-from MaxDraft.targets.plan import runs
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetModel:
-    """What decoding must know of a target; hashable, so that it can be closed over by jit."""
-
-    dims: DecoderDims
-    capture: tuple[int, ...]
-    dtype: Any
-
-    def empty_cache(self, batch: int, slots: int) -> Any:
-        """Zeros: per run and place of its unit what the layer keeps, stacked over the repeats."""
-
-        def of_layer(mixer: Attention | MLA | DeltaNet, repeats: int) -> Any:
-            shapes = _cache_shapes(mixer, self.dtype, batch, slots)
-            return {
-                name: jnp.zeros((repeats, *shape), dtype) for name, (shape, dtype) in shapes.items()
-            }
-
-        return tuple(
-            tuple(of_layer(layer.mixer, run.repeats) for layer in run.unit)
-            for run in runs(self.dims.layers, self.capture)
-        )
-
-    def extend(
-        self,
-        params: Tree,
-        cache: Any,
-        tokens: jax.Array,  # int [B, S]
-        slots: jax.Array,  # int [B, S]
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """Feeds tokens -> features [B, S, 3H], final state [B, S, H], cache."""
-        embeddings = decoder.embed(params, tokens, self.dtype)
-        context = CachedContext(slots)
-        return decoder.run_layers(params, embeddings, self.dims, self.capture, context, cache)
-
-
-def _cache_shapes(
-    mixer: Attention | MLA | DeltaNet, dtype: Any, B: int, C: int
-) -> dict[str, tuple[tuple[int, ...], Any]]:
-    match mixer:
-        case Attention():
-            shape = (B, C, mixer.num_kv_heads, mixer.head_dim)
-            return {"keys": (shape, dtype), "values": (shape, dtype)}
-        case MLA():
-            heads = (B, C, mixer.num_heads)
-            size = mixer.qk_nope_head_dim + mixer.qk_rope_head_dim
-            return {"keys": ((*heads, size), dtype), "values": ((*heads, mixer.v_dim), dtype)}
-        case DeltaNet():
-            channels = 2 * mixer.num_k_heads * mixer.k_dim + mixer.num_v_heads * mixer.v_dim
-            return {
-                "x": ((B, C, channels), dtype),
-                "log_decay": ((B, C, mixer.num_v_heads), jnp.float32),
-                "beta": ((B, C, mixer.num_v_heads), dtype),
-                "state": ((B, mixer.num_v_heads, mixer.k_dim, mixer.v_dim), jnp.float32),
-                "read": ((B,), jnp.int32),
-            }
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedContext:
-    """A token sees the slots up to its own."""
-
-    positions: jax.Array  # int [B, S], the slots
-
-    def attend(self, q, k, v, scoring, sinks, cache):
-        keys, values = write((cache["keys"], cache["values"]), (k, v), self.positions)
-        out = cached_attention(q, keys, values, self.positions, scoring=scoring, sinks=sinks)
-        return out, {"keys": keys, "values": values}
-
-    def recur(self, x, conv, log_decay, beta, dims, cache):
-        """A recurrent state cannot forget a draft that is refused later. So the cache keeps the
-        inputs by slot, like keys and values, and the state of the first `read` tokens only: it is
-        taken forward to the first slot of each call, when what stands before it is final.
-        """
-        inputs = write(
-            (cache["x"], cache["log_decay"], cache["beta"]), (x, log_decay, beta), self.positions
-        )
-        rows, before = jnp.arange(x.shape[0]), jnp.arange(1 - conv.shape[0], 1)
-
-        def step(state: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """The token in `slot` int [B] of the state before it -> new state, output."""
-            around = slot[:, None] + before
-            inside = jnp.where(around[..., None] >= 0, inputs[0][rows[:, None], around], 0)
-            convolved = causal_conv(inside, conv, jnp.ones_like(around))[:, -1]
-            q, k, v = split_heads(convolved, dims)
-            out, state = gated_delta_step(
-                state, q, k, v, inputs[1][rows, slot], inputs[2][rows, slot]
-            )
-            return state, out
-
-        def catch_up(carry):
-            state, read = carry
-            behind = read < self.positions[:, 0]
-            new, _ = step(state, read)
-            return jnp.where(behind[:, None, None, None], new, state), read + behind
-
-        state, read = jax.lax.while_loop(
-            lambda carry: (carry[1] < self.positions[:, 0]).any(),
-            catch_up,
-            (cache["state"], cache["read"]),
-        )
-        _, out = jax.lax.scan(step, state, self.positions.T)
-        names = ("x", "log_decay", "beta")
-        return jnp.moveaxis(out, 0, 1), {
-            **dict(zip(names, inputs, strict=True)),
-            "state": state,
-            "read": read,
-        }
-
-
-def write(
-    cache: tuple[jax.Array, ...],  # each [B, C, ...]
-    new: tuple[jax.Array, ...],  # each [B, S, ...]
-    slots: jax.Array,  # int [B, S]
-) -> tuple[jax.Array, ...]:
-    """Cache with the new keys and values, or whatever belongs to a token, in their slots."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return tuple(
-        old.at[rows, slots].set(x.astype(old.dtype)) for old, x in zip(cache, new, strict=True)
-    )
-
-
-def at(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x [B, S, ...], index int [B] -> [B, ...]."""
-    return x[jnp.arange(x.shape[0]), index]
-
-
-def probabilities(logits: jax.Array, temperature: float) -> jax.Array:
-    """Distribution that is sampled from: softmax(logits / temperature), float32 [..., V]."""
-    return jax.nn.softmax(logits / temperature)
-
-
-def choose(key: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
-    """logits [B, V] -> tokens int32 [B]: the argmax at temperature 0, else a sample."""
-    if temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """Generated text of B prompts, and what it cost."""
-
-    tokens: jax.Array  # int32 [B, max_new_tokens]
-    length: jax.Array  # int32 [B], the end-of-turn token included
-    verify_steps: jax.Array  # int32 [B]: forward passes of the target after the prompt
-    accepted: jax.Array  # int32 [B, N]: how often the draft of chain step j was accepted
-
-
-def is_stop(tokens: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
-    """bool like tokens: whether the token ends a reply."""
-    return jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32))
-
-
-def decode_plain(
-    model: TargetModel,
-    params: Tree,
+def generate(
+    spec: DecodeSpec,
+    params: DecodeParams,
     prompt: jax.Array,  # int32 [B, P]
     prompt_length: jax.Array,  # int32 [B]
-    key: jax.Array,
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    temperature: float,
+    keys: jax.Array,  # [B] random keys; a reply depends on its own key alone
 ) -> Reply:
-    """One token for each forward pass of the target."""
-    batch, width = prompt.shape
-    slots = jnp.broadcast_to(jnp.arange(width), prompt.shape)
-    cache = model.empty_cache(batch, width + max_new_tokens)
-    _, last, cache = model.extend(params, cache, prompt, slots)
-    first = choose(
-        jax.random.fold_in(key, 0),
-        decoder.logits(params, model.dims, at(last, prompt_length - 1)),
-        temperature,
+    """Replies that the target would give alone: the same tokens at temperature 0, the same
+    distribution above it.
+    """
+    state = jax.lax.while_loop(
+        lambda state: state.active.any(),
+        lambda state: decode_round(spec, params, state),
+        prefill(spec, params, prompt, prompt_length, keys),
     )
-    out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first)
+    return state.reply
 
-    def unfinished(carry):
-        return carry[-1].any()
 
-    def body(carry):
-        cache, out, length, active = carry
-        token = at(out, length - 1)
-        _, last, cache = model.extend(
-            params, cache, token[:, None], (prompt_length + length - 1)[:, None]
-        )
-        token = choose(
-            jax.random.fold_in(key, length.max()),
-            decoder.logits(params, model.dims, last[:, 0]),
-            temperature,
-        )
-        where = jnp.where(active, length, max_new_tokens)  # out of range: dropped
-        out = out.at[jnp.arange(batch), where].set(token, mode="drop")
-        length = length + active
-        active &= ~is_stop(token, stop_ids) & (length < max_new_tokens)
-        return cache, out, length, active
+def decode_round(spec: DecodeSpec, params: DecodeParams, state: DecodeState) -> DecodeState:
+    """One pass of the target: every active reply grows by at least one token."""
+    proposal = propose(spec, params, state)
+    verification = verify(spec, params, state, proposal)
+    acceptance = accept(spec, state, proposal, verification)
+    return commit(spec, params, state, proposal, verification, acceptance)
 
+
+def prefill(
+    spec: DecodeSpec,
+    params: DecodeParams,
+    prompt: jax.Array,  # int32 [B, P]
+    prompt_length: jax.Array,  # int32 [B]
+    keys: jax.Array,  # [B]
+) -> DecodeState:
+    """The target reads the prompt and gives the first token of the reply; the drafter reads the
+    prompt's rows.
+
+    A slot past the prompt's end is written before any token sees it, so the padding is never seen.
+    """
+    (batch, width), N = prompt.shape, spec.num_draft_tokens
+    num_slots = width + spec.max_new_tokens + N + 1
+    context = CachedContext.from_chain(
+        jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape), num_slots
+    )
+    target_cache = spec.target.empty_cache(batch, num_slots)
+    aux_hidden_states, last_hidden_state, target_cache = spec.target.extend(
+        params.target, target_cache, prompt, context
+    )
+    logits = _target_logits(spec, params, read_slots(last_hidden_state, prompt_length - 1))
+    first = choose_token(fold_in(keys, 0), logits, spec.temperature)
+
+    next_tokens = jnp.where(
+        jnp.arange(width) == (prompt_length - 1)[:, None], first[:, None], jnp.roll(prompt, -1, 1)
+    )
+    drafter_states, drafter_cache = spec.drafter.absorb(
+        params.drafter,
+        spec.drafter.empty_cache(batch, num_slots, spec.target.dtype),
+        _embed(spec, params, next_tokens),
+        aux_hidden_states,
+        context.slots,
+        context.positions,
+        context.visible,
+    )
     length = jnp.ones(batch, jnp.int32)
-    active = ~is_stop(first, stop_ids) & (length < max_new_tokens)
-    _, out, length, _ = jax.lax.while_loop(unfinished, body, (cache, out, length, active))
-    return Reply(out, length, length - 1, jnp.zeros((batch, 0), jnp.int32))
+    return DecodeState(
+        keys=keys,
+        prompt_length=prompt_length,
+        reply=Reply(
+            tokens=jnp.zeros((batch, spec.max_new_tokens), jnp.int32).at[:, 0].set(first),
+            length=length,
+            verify_steps=jnp.zeros(batch, jnp.int32),
+            accepted_drafts=jnp.zeros((batch, N), jnp.int32),
+        ),
+        active=~_is_stop(spec, first) & (length < spec.max_new_tokens),
+        target_cache=target_cache,
+        drafter_cache=drafter_cache,
+        drafter_state=_of_row(drafter_states, prompt_length - 1),
+        num_slots=num_slots,
+    )
+
+
+def propose(spec: DecodeSpec, params: DecodeParams, state: DecodeState) -> Proposal:
+    """The drafter proposes N tokens after x[n-1]."""
+    keys, _ = state.round_keys
+    last = state.num_committed - 1
+
+    def choose(step: int, logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        tokens = choose_token(fold_in(keys, step), logits, spec.temperature)
+        ids, distribution = params.draft_to_target, None
+        if spec.temperature > 0:
+            distribution = probabilities(logits, spec.temperature)
+            if ids is not None:
+                whole = jnp.zeros((len(logits), spec.target.dims.vocab_size), jnp.float32)
+                distribution = whole.at[:, ids].set(distribution)
+        return tokens if ids is None else ids[tokens], distribution
+
+    return Proposal(
+        *spec.drafter.draft(
+            params.drafter,
+            state.drafter_cache,
+            embed=lambda tokens: _embed(spec, params, tokens),
+            state=state.drafter_state,
+            token=state.last_token,
+            slots=last,
+            positions=last,
+            visible=slots_up_to(last - 1, state.num_slots),
+            choose=choose,
+            num_draft_tokens=spec.num_draft_tokens,
+            recurrent_position_offset=spec.recurrent_position_offset,
+        )
+    )
+
+
+def verify(
+    spec: DecodeSpec, params: DecodeParams, state: DecodeState, proposal: Proposal
+) -> Verification:
+    """The target reads x[n-1] and the drafts in one pass."""
+    tokens = jnp.concatenate([state.last_token[:, None], proposal.tokens], axis=1)
+    positions = (state.num_committed - 1)[:, None] + jnp.arange(tokens.shape[1])
+    context = CachedContext.from_chain(positions, state.num_slots)
+    aux_hidden_states, last_hidden_state, cache = spec.target.extend(
+        params.target, state.target_cache, tokens, context
+    )
+    logits = _target_logits(spec, params, last_hidden_state)
+    return Verification(context, aux_hidden_states, logits, cache)
+
+
+def accept(
+    spec: DecodeSpec, state: DecodeState, proposal: Proposal, verification: Verification
+) -> Acceptance:
+    """The rule of the temperature, see acceptance.py."""
+    if spec.temperature == 0:
+        return Acceptance(*accept_greedy(proposal.tokens, verification.logits))
+    _, keys = state.round_keys
+    p = probabilities(verification.logits, spec.temperature)
+    q = p[:, :0] if proposal.distributions is None else proposal.distributions
+    return Acceptance(*accept_sampled(keys, proposal.tokens, q, p))
+
+
+def commit(
+    spec: DecodeSpec,
+    params: DecodeParams,
+    state: DecodeState,
+    proposal: Proposal,
+    verification: Verification,
+    acceptance: Acceptance,
+) -> DecodeState:
+    """The accepted tokens join the reply; the drafter reads the rows that they complete."""
+    context = verification.context
+    drafter_states, drafter_cache = spec.drafter.absorb(
+        params.drafter,
+        proposal.drafter_cache,
+        _embed(spec, params, acceptance.tokens),
+        verification.aux_hidden_states,
+        context.slots,
+        context.positions,
+        context.visible,
+    )
+    reply, active = grow(spec, state, acceptance)
+    return dataclasses.replace(
+        state,
+        reply=reply,
+        active=active,
+        target_cache=verification.target_cache,
+        drafter_cache=drafter_cache,
+        drafter_state=_of_row(drafter_states, acceptance.num_accepted),
+    )
+
+
+def grow(spec: DecodeSpec, state: DecodeState, acceptance: Acceptance) -> tuple[Reply, jax.Array]:
+    """The reply with its new tokens, and whether it goes on.
+
+    A reply ends with its first stop token, or at max_new_tokens; what was accepted behind the end
+    is counted in accepted_drafts, and is not part of the reply.
+    """
+    reply, tokens = state.reply, acceptance.tokens
+    place = jnp.arange(tokens.shape[1])
+    committed = place <= acceptance.num_accepted[:, None]
+    stops = _is_stop(spec, tokens) & committed
+    before_stop = jnp.cumsum(stops, axis=1) - stops == 0
+    fits = place < (spec.max_new_tokens - reply.length)[:, None]
+    emitted = state.active[:, None] & committed & before_stop & fits
+    # Tokens that are not emitted are written past the end, that is: dropped.
+    where = jnp.where(emitted, reply.length[:, None] + place, spec.max_new_tokens)
+    write = jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))
+    accepted = state.active[:, None] & (place[:-1] < acceptance.num_accepted[:, None])
+    length = reply.length + emitted.sum(1)
+    grown = Reply(
+        tokens=write(reply.tokens, where, tokens),
+        length=length,
+        verify_steps=reply.verify_steps + state.active,
+        accepted_drafts=reply.accepted_drafts + accepted,
+    )
+    ended = (emitted & stops).any(1) | (length >= spec.max_new_tokens)
+    return grown, state.active & ~ended
+
+
+def _embed(spec: DecodeSpec, params: DecodeParams, tokens: jax.Array) -> jax.Array:
+    return decoder.embed(params.target, tokens, spec.target.dtype)
+
+
+def _target_logits(
+    spec: DecodeSpec, params: DecodeParams, last_hidden_state: jax.Array
+) -> jax.Array:
+    return decoder.logits(params.target, spec.target.dims, last_hidden_state)
+
+
+def _is_stop(spec: DecodeSpec, tokens: jax.Array) -> jax.Array:
+    """bool like tokens: whether a token ends a reply."""
+    return jnp.isin(tokens, jnp.asarray(spec.stop_ids, jnp.int32))
+
+
+def _of_row(states: Any, row: jax.Array) -> Any:
+    """Arrays [B, S, ...], row int [B] -> [B, ...]."""
+    return jax.tree.map(lambda x: read_slots(x, row), states)

@@ -195,26 +195,54 @@ def merge_own_keys(
 def cached_attention(
     q: jax.Array,  # [B, S, N, d]
     k_cache: jax.Array,  # [B, C, M, d]
-    v_cache: jax.Array,  # [B, C, M, d]
-    slots: jax.Array,  # [B, S] the cache slot of each query; it sees all slots up to its own
+    v_cache: jax.Array,  # [B, C, M, dv]
+    visible: jax.Array,  # bool [B, S, C] the cache slots that each query sees, its own included
     *,
     scoring: Scoring = PLAIN,
+    positions: jax.Array | None = None,  # int [B, S] of the queries; needed for windows and chunks
+    slot_positions: jax.Array | None = None,  # int [B, C] of the tokens in the slots; likewise
     sinks: jax.Array | None = None,  # [N]
-) -> jax.Array:  # [B, S, N, d of v]
-    """Attention over a KV cache whose slot s holds the token at position s."""
+) -> jax.Array:  # [B, S, N, dv]
+    """Attention over a KV cache; softmax in float32.
+
+    A slot is a place in memory and says nothing about the order of the tokens: what a query sees
+    is given by `visible`, and how far away it is by the positions. So a chain, the branches of a
+    tree and a block whose tokens all see each other are served alike.
+    """
     grouped = q.reshape(*q.shape[:2], k_cache.shape[2], -1, q.shape[-1])
     scores = _scores("bqmgd,bkmd->bmgqk", grouped, k_cache, scoring)
-    keys = jnp.arange(k_cache.shape[1])
-    behind = slots[:, :, None] - keys
-    visible = behind >= 0
-    if scoring.window:
-        visible &= behind < scoring.window
-    if scoring.chunk:
-        visible &= slots[:, :, None] // scoring.chunk == keys // scoring.chunk
+    if scoring.window or scoring.chunk:
+        queries, keys = positions[:, :, None], slot_positions[:, None]
+        if scoring.window:
+            visible &= queries - keys < scoring.window
+        if scoring.chunk:
+            visible &= queries // scoring.chunk == keys // scoring.chunk
     scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = _softmax(scores, sinks).astype(v_cache.dtype)
     out = jnp.einsum("bmgqk,bkmd->bqmgd", weights, v_cache)
     return out.reshape(*q.shape[:-1], v_cache.shape[-1])
+
+
+def write_slots(
+    cache: tuple[jax.Array, ...],  # each [B, C, ...]
+    new: tuple[jax.Array, ...],  # each [B, S, ...]
+    slots: jax.Array,  # int [B, S]
+) -> tuple[jax.Array, ...]:
+    """The cache with the new tokens' keys and values, or whatever belongs to a token, written."""
+    # Under vmap the batch is a batching dimension of the scatter, so that a mesh that splits the
+    # batch updates every device's own part of the cache.
+    write = jax.vmap(lambda old, x, row: old.at[row].set(x.astype(old.dtype)))
+    return tuple(write(old, x, slots) for old, x in zip(cache, new, strict=True))
+
+
+def read_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+    """x [B, C, ...], slots int [B] or [B, S] -> what stands there, [B, ...] or [B, S, ...]."""
+    return jax.vmap(lambda row, index: row[index])(x, slots)
+
+
+def slots_up_to(last: jax.Array, num_slots: int) -> jax.Array:
+    """int [...] -> bool [..., C]: the slots 0 to `last`, for caches where text lies in order."""
+    return jnp.arange(num_slots) <= last[..., None]
 
 
 def _scores(equation: str, q: jax.Array, k: jax.Array, scoring: Scoring) -> jax.Array:
