@@ -26,12 +26,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from MaxDraft.convert.finite import check_finite
 from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor, will_need
 from MaxDraft.convert.target.quantization import (
     FP8_SUFFIXES,
+    SCALES,
     Fp8Tensor,
     Index,
     Mxfp4Tensor,
@@ -193,6 +196,7 @@ class Source:
             will_need(self._in_file(index))
         if len(index) < 2 or not (computed or self.layout.transposed):
             out[...] = read(index)
+            self._check_finite(out)
             return
         # Strips of the file's rows, which are the parameter's last dimension where it is turned.
         axis = -1 if self.layout.transposed or isinstance(tensor, Mxfp4Tensor) else -2
@@ -203,6 +207,17 @@ class Source:
 
         for _ in _threads().map(copy_strip, _strips(index, axis)):
             pass  # or what a thread raised would be lost
+        self._check_finite(out)
+
+    def _check_finite(self, out: np.ndarray) -> None:
+        """CheckpointError where a number is not finite; bytes are checked for what they mean."""
+        tensor = self.tensor
+        if self.raw and isinstance(tensor, Fp8Tensor):
+            out = out.view(tensor.values.map().dtype)
+        elif self.raw and tensor.name.endswith(SCALES):
+            out = out.view(ml_dtypes.float8_e8m0fnu)
+        if not self.raw or out.dtype != np.uint8:
+            check_finite(f"{tensor.name} in {tensor.file}", out)
 
     def _in_file(self, index: Index) -> np.ndarray:
         """The stored numbers that a range takes, where they lie."""

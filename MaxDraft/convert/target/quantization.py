@@ -65,6 +65,10 @@ class Fp8Tensor:
         return self.values.name
 
     @property
+    def file(self) -> Path:
+        return self.values.file
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
@@ -156,6 +160,10 @@ class ScaleTensor:
     def name(self) -> str:
         return self.of.scale.name
 
+    @property
+    def file(self) -> Path:
+        return self.of.scale.file
+
     def reader(self, layout: TensorLayout, shape: tuple[int, ...]) -> Reader:
         """-> function from an index range of the parameter to its float32 numbers.
 
@@ -180,6 +188,10 @@ class Mxfp4Tensor:
     @property
     def name(self) -> str:
         return self.blocks.name.removesuffix(BLOCKS)
+
+    @property
+    def file(self) -> Path:
+        return self.blocks.file
 
     @property
     def shape(self) -> tuple[int, ...]:
