@@ -21,11 +21,11 @@ SELF_CONTAINED_MODEL = "tiny"
 
 
 def impossible_combinations(
-    values: Values, given: Values | None = None, reads_files: bool = True
+    values: Values, explicit: Values | None = None, reads_files: bool = True
 ) -> list[str]:
     """Everything that is wrong with `values`, one line each; empty where they can be run.
 
-    given: the values of the environment and the command line. One that has no effect under the
+    explicit: the values of the environment and the command line. One that has no effect under the
     others is an error there, since whoever typed it expects one; in a file it may stand by.
     """
     checks = (
@@ -39,12 +39,12 @@ def impossible_combinations(
         *([_data, _files] if reads_files else []),
     )
     problems = [problem for check in checks for problem in check(values)]
-    return problems + list(_without_effect(values, given or {}))
+    return problems + list(_without_effect(values, explicit or {}))
 
 
-def run_location(v: Values) -> Iterator[str]:
+def run_location(values: Values) -> Iterator[str]:
     """What is wrong with where the run's folder would be."""
-    name, parent = v["run_name"], v["base_output_directory"]
+    name, parent = values["run_name"], values["base_output_directory"]
     if name == "." or ".." in name or re.search(r"[/\\\0]", name) or len(name.encode()) > 200:
         yield (
             f"run_name must be the name of one folder, not {shown(name)}; "
@@ -52,26 +52,27 @@ def run_location(v: Values) -> Iterator[str]:
         )
     if not parent:
         yield "base_output_directory is empty; write . for the current folder"
-    if "://" in parent:
-        yield (
-            f"base_output_directory must be a local or mounted folder, not {parent!r}; "
-            f"mount a bucket with gcsfuse and give that folder"
-        )
     yield from _path_problems("base_output_directory", parent)
 
 
-def _paths(v: Values) -> Iterator[str]:
+def _paths(values: Values) -> Iterator[str]:
     for key, row in KEYS.items():
         if row.path and key != "base_output_directory":
-            yield from _path_problems(key, v[key])
+            yield from _path_problems(key, values[key])
     for key in ("grain_train_files", "grain_eval_files"):
-        for pattern in v[key].split(";"):
+        for pattern in values[key].split(";"):
             yield from _path_problems(key, pattern.strip())
 
 
 def _path_problems(key: str, text: str) -> Iterator[str]:
     if "\0" in text:
         yield f"{key} holds a NUL character, which no path has"
+        return
+    if "://" in text:
+        yield (
+            f"{key} must be a local or mounted path, not {shown(text)}; mount a bucket with "
+            f"gcsfuse and give that folder"
+        )
         return
     try:
         Path(text).expanduser()
@@ -80,45 +81,46 @@ def _path_problems(key: str, text: str) -> Iterator[str]:
         yield f"{key}: {user} names no home folder here; write the whole path instead of {user}"
 
 
-def _choices(v: Values) -> Iterator[str]:
+def _choices(values: Values) -> Iterator[str]:
     for key, row in KEYS.items():
-        if row.choices and v[key] not in row.choices:
-            hint = explain_value(key, v[key], row.choices)
-            yield f"{key} must be {_either(row.choices)}, not {shown(v[key])}{hint}"
+        if row.choices and values[key] not in row.choices:
+            hint = explain_value(key, values[key], row.choices)
+            yield f"{key} must be {_either(row.choices)}, not {shown(values[key])}{hint}"
 
 
-def _ranges(v: Values) -> Iterator[str]:
+def _ranges(values: Values) -> Iterator[str]:
     for key, row in KEYS.items():
-        if row.range and v[key] not in row.range:
-            yield f"{key} must be {row.range}, not {v[key]}"
+        if row.range and values[key] not in row.range:
+            yield f"{key} must be {row.range}, not {values[key]}"
 
 
-def _without_effect(v: Values, given: Values) -> Iterator[str]:
-    for key, value in given.items():
+def _without_effect(values: Values, explicit: Values) -> Iterator[str]:
+    for key, value in explicit.items():
         if not KEYS[key].needs or value == defaults()[key]:
             continue
-        other, values = KEYS[key].needs
-        if v[other] not in values:
-            needed = " or ".join(f"{other}={value}" for value in values)
+        other, needed_values = KEYS[key].needs
+        if values[other] not in needed_values:
+            needed = " or ".join(f"{other}={needed}" for needed in needed_values)
             yield (
-                f"{key}={value} has no effect with {other}={v[other]}; leave it out, or give "
+                f"{key}={value} has no effect with {other}={values[other]}; leave it out, or give "
                 f"{needed}"
             )
-    fraction = given.get("eval_fraction", 0)
-    if v["grain_eval_files"] and fraction not in (0, defaults()["eval_fraction"]):
+    fraction = explicit.get("eval_fraction", 0)
+    if values["grain_eval_files"] and fraction not in (0, defaults()["eval_fraction"]):
         yield (
             f"eval_fraction={fraction} has no effect beside grain_eval_files, which are the "
             f"held-out data; leave one of them out"
         )
 
 
-def _rollout(v: Values) -> Iterator[str]:
-    if v["max_target_length"] <= v["ttt_length"] + 1:
+def _rollout(values: Values) -> Iterator[str]:
+    length, steps = values["max_target_length"], values["ttt_length"]
+    if length <= steps + 1:
         yield (
-            f"max_target_length={v['max_target_length']} leaves no position whose rollout of "
-            f"ttt_length={v['ttt_length']} steps fits in a row; it must be above ttt_length + 1"
+            f"max_target_length={length} leaves no position whose rollout of ttt_length={steps} "
+            f"steps fits in a row; it must be above ttt_length + 1"
         )
-    layers = v["target_layer_ids"]
+    layers = values["target_layer_ids"]
     if layers and not (len(layers) == 3 and 0 <= layers[0] < layers[1] < layers[2]):
         yield (
             f"target_layer_ids must be three different layers, ascending from 0, or empty for "
@@ -126,10 +128,11 @@ def _rollout(v: Values) -> Iterator[str]:
         )
 
 
-def _draft(v: Values) -> Iterator[str]:
-    if v["draft_head_dim"] % 2:
-        yield f"draft_head_dim={v['draft_head_dim']} must be even: the rotary embedding turns pairs"
-    heads, groups = v["draft_num_attention_heads"], v["draft_num_key_value_heads"]
+def _draft(values: Values) -> Iterator[str]:
+    size = values["draft_head_dim"]
+    if size % 2:
+        yield f"draft_head_dim={size} must be even: the rotary embedding rotates pairs"
+    heads, groups = values["draft_num_attention_heads"], values["draft_num_key_value_heads"]
     if heads > 0 and groups > 0 and heads % groups:
         yield (
             f"draft_num_attention_heads={heads} is no multiple of "
@@ -137,30 +140,30 @@ def _draft(v: Values) -> Iterator[str]:
         )
 
 
-def _data(v: Values) -> Iterator[str]:
-    if v["model_name"] != SELF_CONTAINED_MODEL:
+def _data(values: Values) -> Iterator[str]:
+    if values["model_name"] != SELF_CONTAINED_MODEL:
         for key, what in (
             ("target_path", "the folder with the target's config.json and *.safetensors"),
             ("grain_train_files", "JSONL files of conversations"),
         ):
-            if not v[key]:
-                yield f"{key} is empty: model_name={v['model_name']} needs {key}=..., {what}"
-    if not v["grain_eval_files"] and v["eval_fraction"] == 0:
+            if not values[key]:
+                yield f"{key} is empty: model_name={values['model_name']} needs {key}=..., {what}"
+    if not values["grain_eval_files"] and values["eval_fraction"] == 0:
         yield "nothing is held out: give grain_eval_files=..., or an eval_fraction above 0"
 
 
-def _files(v: Values) -> Iterator[str]:
-    if v["target_path"] and not is_file(_path(v["target_path"]) / "config.json"):
+def _files(values: Values) -> Iterator[str]:
+    if values["target_path"] and not is_file(_path(values["target_path"]) / "config.json"):
         yield (
-            f"target_path: there is no config.json in {v['target_path']!r}; give the folder that "
-            f"the model was downloaded to"
+            f"target_path: there is no config.json in {values['target_path']!r}; give the folder "
+            f"that the model was downloaded to"
         )
-    if v["tokenizer_path"] and not is_folder(_path(v["tokenizer_path"])):
-        yield f"tokenizer_path: there is no folder {v['tokenizer_path']!r}"
-    if v["chat_template"] and not is_file(_path(v["chat_template"])):
-        yield f"chat_template: there is no file {v['chat_template']!r}"
+    if values["tokenizer_path"] and not is_folder(_path(values["tokenizer_path"])):
+        yield f"tokenizer_path: there is no folder {values['tokenizer_path']!r}"
+    if values["chat_template"] and not is_file(_path(values["chat_template"])):
+        yield f"chat_template: there is no file {values['chat_template']!r}"
     # Everything else that a run writes into its folder has another suffix.
-    name = v["metrics_file"]
+    name = values["metrics_file"]
     if Path(name).name != name or not re.fullmatch(r"[^./\\\0][^/\\\0]{0,200}\.jsonl", name):
         yield (
             f"metrics_file must be the name of a file inside the run's folder that ends in "

@@ -117,7 +117,7 @@ def _type(row: Key) -> str:
 
 def documentation() -> dict[str, tuple[str, str, str]]:
     """Key -> (the comment above it in base.yml, its section, its default as it stands there)."""
-    found: dict[str, tuple[str, str, str]] = {}
+    documented: dict[str, tuple[str, str, str]] = {}
     section, comment, key = "", [], ""
     for line in SCHEMA_PATH.read_text(encoding="utf-8").splitlines():
         pair = re.match(r"(\w+):(.*)", line)
@@ -127,14 +127,14 @@ def documentation() -> dict[str, tuple[str, str, str]]:
             comment.append(line.removeprefix("#").strip())
         elif pair:
             key = pair[1]
-            found[key] = (" ".join(comment), section, pair[2].strip())
+            documented[key] = (" ".join(comment), section, pair[2].strip())
             comment = []
         elif line.strip() and key:  # the lines of a list
-            text, place, default = found[key]
-            found[key] = (text, place, f"{default}\n{line}")
+            text, place, default = documented[key]
+            documented[key] = (text, place, f"{default}\n{line}")
         else:
             comment = []
-    return found
+    return documented
 
 
 def _wrapped(text: str) -> str:

@@ -94,7 +94,8 @@ def from_model_file(folder: Path, name: str) -> Values:
     if name not in known:
         raise ConfigError(
             f"model_name: there is no {shown(name)} in {folder}{explain_model(name, known)}; "
-            f"known: {', '.join(known) or 'none'}"
+            f"there are: {', '.join(known) or 'none'}. A target of a known family needs no file of "
+            f"its own: with model_name=default its dimensions come from target_path"
         )
     path = folder / f"{name}.yml"
     values = from_file(path)

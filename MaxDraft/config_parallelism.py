@@ -1,4 +1,4 @@
-"""Meshes, rules and processes that cannot be, told before any device is touched."""
+"""What is wrong with a mesh, its rules or the processes, before any device is touched."""
 
 from __future__ import annotations
 
@@ -19,40 +19,42 @@ LOGICAL_AXES = (
 )
 
 
-def problems(v: Values) -> Iterator[str]:
+def problems(values: Values) -> Iterator[str]:
     """What is wrong with the mesh, the rules and the processes of a configuration."""
-    yield from _mesh(v)
-    yield from _rules(v)
-    yield from _distributed(v)
+    yield from _mesh(values)
+    yield from _rules(values)
+    yield from _distributed(values)
 
 
-def _mesh(v: Values) -> Iterator[str]:
-    axes = _axes(v)
-    if sorted(v["mesh_axes"]) != sorted(axes):
+def _mesh(values: Values) -> Iterator[str]:
+    axes = _axes(values)
+    if sorted(values["mesh_axes"]) != sorted(axes):
         yield (
             f"mesh_axes must name each of {', '.join(axes)} once, the axes that have an "
-            f"ici_ and a dcn_ key; not {v['mesh_axes']}"
+            f"ici_ and a dcn_ key; not {values['mesh_axes']}"
         )
     for kind, things in (("ici", "devices"), ("dcn", "slices")):
-        sizes = {f"{kind}_{axis}_parallelism": v[f"{kind}_{axis}_parallelism"] for axis in axes}
+        sizes = {
+            f"{kind}_{axis}_parallelism": values[f"{kind}_{axis}_parallelism"] for axis in axes
+        }
         rest = [key for key, size in sizes.items() if size == -1]
         if len(rest) > 1:
             yield f"{' and '.join(rest)} are both -1; only one can take the {things} that remain"
 
 
-def _axes(v: Values) -> list[str]:
-    return [key[len("ici_") : -len("_parallelism")] for key in v if key.startswith("ici_")]
+def _axes(values: Values) -> list[str]:
+    return [key[len("ici_") : -len("_parallelism")] for key in values if key.startswith("ici_")]
 
 
-def _rules(v: Values) -> Iterator[str]:
+def _rules(values: Values) -> Iterator[str]:
     seen = set()
-    draft_batch = dict(v["logical_axis_rules"]).get("draft_batch", ())
-    if sorted(draft_batch) != sorted(_axes(v)):
+    draft_batch = dict(values["logical_axis_rules"]).get("draft_batch", ())
+    if sorted(draft_batch) != sorted(_axes(values)):
         yield (
             f"logical_axis_rules: draft_batch must be split over every mesh axis, "
-            f"{', '.join(_axes(v))}; not {list(draft_batch)}"
+            f"{', '.join(_axes(values))}; not {list(draft_batch)}"
         )
-    for logical, mesh_axes in v["logical_axis_rules"]:
+    for logical, mesh_axes in values["logical_axis_rules"]:
         if logical in seen:
             yield f"logical_axis_rules: {logical} has two rules; keep one"
         seen.add(logical)
@@ -62,18 +64,18 @@ def _rules(v: Values) -> Iterator[str]:
                 f"{nearest(logical, LOGICAL_AXES)}"
             )
         for axis in dict.fromkeys(mesh_axes):
-            if axis not in _axes(v):
+            if axis not in _axes(values):
                 yield (
                     f"logical_axis_rules: {logical} names {axis!r}, which is no mesh axis"
-                    f"{nearest(axis, _axes(v))}"
+                    f"{nearest(axis, _axes(values))}"
                 )
             if mesh_axes.count(axis) > 1:
                 yield f"logical_axis_rules: {logical} names mesh axis {axis!r} twice"
 
 
-def _distributed(v: Values) -> Iterator[str]:
-    address = v["distributed_coordinator"]
-    count, index = v["distributed_num_processes"], v["distributed_process_id"]
+def _distributed(values: Values) -> Iterator[str]:
+    address = values["distributed_coordinator"]
+    count, index = values["distributed_num_processes"], values["distributed_process_id"]
     if not address:
         if (count, index) != (1, 0):
             yield (

@@ -30,7 +30,7 @@ RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
 # Removed key -> the value under which a run trained as every run trains now, and why it went.
 REMOVED_KEYS: Mapping[str, tuple[Any, str]] = {
     "later_step_share": (1.0, "every position trains all ttt_length steps: fewer cost acceptance"),
-    "remat_policy": (None, "a block's activations are kept: blocks are small enough to fit"),
+    "remat_policy": (None, "the activations of one block are stored, and blocks are small enough"),
 }
 
 # MaxText's key -> what stands for it here.

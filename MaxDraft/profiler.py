@@ -1,4 +1,4 @@
-"""A trace of some training steps: what the devices and the host did when (profiler=xplane).
+"""A trace of a few training steps: what the devices and the host did when (profiler=xplane).
 
 The first steps of a start are left out, since they compile, and only a few are recorded, since a
 trace grows with every operation. XProf, TensorBoard and Perfetto show what lies in the folder.

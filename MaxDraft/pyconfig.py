@@ -73,22 +73,26 @@ class Config:
     @property
     def run_directory(self) -> Path:
         """Absolute folder of this run: <base_output_directory>/<run_name>."""
-        return _absolute(self.base_output_directory) / self.run_name
+        return storage.as_path(self.base_output_directory) / self.run_name
 
     @property
     def target_directory(self) -> Path | None:
         """Absolute target_path; None where it is empty."""
-        return _absolute(self.target_path) if self.target_path else None
+        return storage.as_path(self.target_path) if self.target_path else None
 
     @property
     def tokenizer_directory(self) -> Path | None:
         """Absolute tokenizer_path, or target_path where that is empty; None where both are."""
-        return _absolute(self.tokenizer_path) if self.tokenizer_path else self.target_directory
+        return (
+            storage.as_path(self.tokenizer_path) if self.tokenizer_path else self.target_directory
+        )
 
     @property
     def export_directory(self) -> Path:
         """Absolute export_path, or <run>/export where that is empty."""
-        return _absolute(self.export_path) if self.export_path else self.run_directory / "export"
+        return (
+            storage.as_path(self.export_path) if self.export_path else self.run_directory / "export"
+        )
 
     def as_dict(self) -> Values:
         """A mutable deep copy in plain Python types, in base.yml's order."""
@@ -106,7 +110,7 @@ class Config:
         )
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes `to_yaml()` to `path` whole or not at all, making its folder where needed."""
+        """Writes `to_yaml()` to a file, which holds all of it or is not there."""
         storage.write_text(path, self.to_yaml())
 
 
@@ -133,24 +137,24 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     environment = config_layers.from_environment()
     command_line = config_layers.from_command_line(argv[2:])
     stop_on(config_layers.contradictions(environment, command_line))
-    given = environment | command_line
-    located = base | given
+    explicit = environment | command_line
+    located = base | explicit
     model_name, output = located["model_name"], located["base_output_directory"]
     run_name = located["run_name"] or model_name
     saved: Values = {}
     if from_run:
         stop_on(config_checks.run_location(located | {"run_name": run_name}))
-        saved = read_saved(_absolute(output) / run_name)
-        saved = {key: value for key, value in saved.items() if key in KEYS}  # no removed ones
+        saved = read_saved(storage.as_path(output) / run_name)
+        saved = {key: value for key, value in saved.items() if key in KEYS}  # removed ones go
         model_name = saved.get("model_name", model_name)
-        if given.get("model_name", model_name) != model_name:
+        if explicit.get("model_name", model_name) != model_name:
             raise ConfigError(
                 f"run {run_name!r} was made with model_name={model_name}, not "
-                f"{given['model_name']}; leave model_name out, or give another run_name"
+                f"{explicit['model_name']}; leave model_name out, or give another run_name"
             )
     model = config_layers.from_model_file(base_path.parent / "models", model_name)
 
-    values = config_layers.merged([base, model, saved, given])
+    values = config_layers.merged([base, model, saved, explicit])
     # The folder that was asked for decides, also where a run was moved after it was written.
     values |= {"model_name": model_name, "run_name": run_name, "base_output_directory": output}
     layers = {
@@ -162,7 +166,7 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     }
     stop_on(
         problem + _origins(problem, layers)
-        for problem in config_checks.impossible_combinations(values, given, reads_files)
+        for problem in config_checks.impossible_combinations(values, explicit, reads_files)
     )
     return Config(values)
 
@@ -172,7 +176,7 @@ def read_saved(run_directory: str | os.PathLike) -> Values:
     run_directory = Path(run_directory)
     path = run_directory / SAVED_NAME
     if not is_file(path):
-        runs = sorted(found.parent.name for found in run_directory.parent.glob(f"*/{SAVED_NAME}"))
+        runs = sorted(path.parent.name for path in run_directory.parent.glob(f"*/{SAVED_NAME}"))
         raise ConfigError(
             f"no run at {run_directory}: it has no {SAVED_NAME}. Type run_name=NAME and "
             f"base_output_directory=FOLDER as train.py was given them; runs in "
@@ -205,15 +209,11 @@ def _origins(problem: str, layers: Mapping[str, Values]) -> str:
     """Where each key that a problem names was given; `layers` begins with the strongest."""
     # A key without an underscore, such as steps, is also a word: it counts only where it leads.
     names = dict.fromkeys(re.findall(r"^\w+|\w+_\w+", problem))
-    found = (
+    places = (
         next((f"{name}: {layer}" for layer, values in layers.items() if name in values), None)
         for name in names
     )
-    return f" ({'; '.join(place for place in found if place)})"
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    return f" ({'; '.join(place for place in places if place)})"
 
 
 def _freeze(value: Any) -> Any:

@@ -70,6 +70,12 @@ def test_a_path_under_an_unknown_home_folder_is_an_error(name):
     assert f"{name}: ~nosuchuser names no home folder here" in message
 
 
+@pytest.mark.parametrize("name", [name for name, row in KEYS.items() if row.path])
+def test_an_address_is_no_local_path(name):
+    message = error(f"{name}=gs://bucket/folder")
+    assert f"{name} must be a local or mounted path, not 'gs://bucket/folder'" in message
+
+
 def test_data_files_under_an_unknown_home_folder_are_an_error():
     message = error("grain_train_files=a.jsonl;~nosuchuser/*.jsonl,2")
     assert "grain_train_files: ~nosuchuser names no home folder here" in message

@@ -25,7 +25,7 @@ from MaxDraft.targets.table import decoder_params
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "models"
-MODELS = sorted(path.stem for path in FOLDER.glob("*.yml") if path.stem != "tiny")
+MODELS = sorted(path.stem for path in FOLDER.glob("*.yml") if path.stem not in ("tiny", "default"))
 DRAFT_KEYS = (
     "draft_intermediate_size",
     "draft_num_attention_heads",

@@ -238,7 +238,15 @@ def test_an_unknown_model_lists_the_known_ones():
     message = error("model_name=llama3.1-8")
     assert "did you mean 'llama3.1-8b'?" in message
     assert all(name in message for name in MODELS)
-    assert "known:" in error("model_name=../base")
+    assert "there are: " in error("model_name=../base")
+
+
+def test_a_target_without_a_model_file_has_the_defaults(target):
+    assert "model_name=default its dimensions come from target_path" in error("model_name=qwen3-4b")
+    config = init("model_name=default", f"target_path={target}", "grain_train_files=x")
+    base = yaml.safe_load(BASE.read_text())
+    changed = {key for key, value in config.as_dict().items() if value != base[key]}
+    assert changed == {"model_name", "run_name", "target_path", "grain_train_files"}
 
 
 def test_a_key_twice_in_a_file_is_an_error(copy):
