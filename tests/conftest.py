@@ -6,6 +6,9 @@ less than half the time. All this must be said before jax is imported; what the 
 
 import os
 import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 WANTED = (
     "--xla_force_host_platform_device_count=8",
@@ -29,6 +32,27 @@ def no_settings_from_outside(monkeypatch):
     """Variables M_<KEY> of whoever runs the tests would change the configurations in them."""
     for name in [name for name in os.environ if name.startswith("M_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def empty_target(tmp_path):
+    """A target folder, as far as the configuration looks into it."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def config_copy(tmp_path):
+    """configs/ copied, to be edited by a test; returns (base.yml, models folder)."""
+    models = tmp_path / "configs" / "models"
+    models.mkdir(parents=True)
+    base = models.parent / "base.yml"
+    base.write_text((ROOT / "configs" / "base.yml").read_text())
+    (models / "tiny.yml").write_text("draft_vocab_size: 64\n")
+    (models / "other.yml").write_text("learning_rate: 2e-4\nttt_length: 5\n")
+    return base, models
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -57,7 +57,7 @@ def test_an_absurd_number_names_the_range_at_once(name):
     assert time.monotonic() - begun < 2  # seconds; a loop over the value would take years
 
 
-def test_a_run_may_not_go_on_under_another_value_of_what_decides_it():
+def test_what_decides_a_run_may_not_change_on_resume():
     for name in ("learning_rate", "ttt_length", "steps", "dtype", "max_target_length", "no_key"):
         assert not may_change_on_resume(name)
     for name in ("log_period", "target_path", "ici_fsdp_parallelism", "decode_temperature"):
@@ -81,7 +81,7 @@ def test_data_files_under_an_unknown_home_folder_are_an_error():
     assert "grain_train_files: ~nosuchuser names no home folder here" in message
 
 
-def test_evaluation_of_a_run_under_an_unknown_home_folder_is_an_error():
+def test_a_run_under_an_unknown_home_folder_is_an_error():
     message = error("base_output_directory=~nosuchuser/runs", from_run=True)
     assert "base_output_directory: ~nosuchuser names no home folder here" in message
 

@@ -72,7 +72,7 @@ def test_a_trace_that_would_begin_too_late_is_told(calls, tmp_path, capsys):
     assert calls == [1]
 
 
-def test_without_a_profiler_steps_are_annotated_and_nothing_is_written(calls, tmp_path):
+def test_without_a_profiler_steps_are_annotated_only(calls, tmp_path):
     run_steps(profiler_of(tmp_path), range(1, 4))
     assert calls == [1, 2, 3]
 
