@@ -1,13 +1,16 @@
 """Encoding once, the cache, the split, the counts, and what is said about them."""
 
+import datetime
 import itertools
 import json
 import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,15 @@ from data_helpers import (
     SPECIAL,
     dialogue,
     make_encoder,
+    make_tokenizer,
     many_records,
     record,
     write_lines,
 )
+from transformers.utils import chat_template_utils
 
 from MaxDraft.input_pipeline import encode_files as module
+from MaxDraft.input_pipeline.chat_template import ChatEncoder
 from MaxDraft.input_pipeline.dataset import Dataset, held_out_mask, prepare_dataset
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.packing import pack_epochs
@@ -113,6 +119,24 @@ def test_a_second_run_takes_what_the_first_encoded_and_says_so(tmp_path):
     assert contents(first.train) == contents(again.train)
     assert first.fingerprint == again.fingerprint
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.train.encoded.folder.name]
+
+
+def test_data_that_was_removed_is_made_again_the_same(tmp_path, monkeypatch):
+    def prepare_on(day: int):
+        today = types.SimpleNamespace(
+            now=lambda: datetime.datetime(2026, 11, day), today=lambda: datetime.date(2026, 11, day)
+        )
+        monkeypatch.setattr(chat_template_utils, "datetime", today)
+        dated = make_tokenizer("{{ strftime_now('%d %B %Y') ~ date_string }}" + CHATML)
+        return prepare(tmp_path, encoder=ChatEncoder(dated))
+
+    write_lines(tmp_path / "train.jsonl", many_records(20))
+    first = prepare_on(1)
+    expected, folder = contents(first.train), first.train.encoded.folder
+    shutil.rmtree(tmp_path / "cache")
+    again = prepare_on(2)
+    assert (again.train.encoded.folder, again.fingerprint) == (folder, first.fingerprint)
+    assert contents(again.train) == expected
 
 
 def test_what_changes_the_tokens_changes_the_folder_and_nothing_else_does(tmp_path):

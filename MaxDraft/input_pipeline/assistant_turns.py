@@ -23,7 +23,8 @@ from collections.abc import Sequence
 
 from MaxDraft.input_pipeline.conversations import Message
 from MaxDraft.input_pipeline.errors import DataError, TemplateError
-from MaxDraft.input_pipeline.template_renderer import Span, TemplateRenderer
+from MaxDraft.input_pipeline.template_renderer import TemplateRenderer
+from MaxDraft.input_pipeline.template_sandbox import Span
 
 THINK_START, THINK_END = "<think>", "</think>"  # templates of reasoning models split a reply here
 QUESTION, ANSWER = Message("user", "Why?"), Message("assistant", "Because.")

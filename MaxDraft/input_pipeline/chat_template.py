@@ -32,7 +32,8 @@ from MaxDraft.input_pipeline.assistant_turns import (
 )
 from MaxDraft.input_pipeline.conversations import Message
 from MaxDraft.input_pipeline.errors import DataError, TemplateError
-from MaxDraft.input_pipeline.template_renderer import PINNED_TIME, TemplateRenderer
+from MaxDraft.input_pipeline.template_renderer import TemplateRenderer
+from MaxDraft.input_pipeline.template_sandbox import PINNED_TIME
 
 LOSS_TURNS = ("all", "last")
 

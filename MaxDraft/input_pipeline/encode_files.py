@@ -39,7 +39,7 @@ CUT_AWAY = "no assistant token among the first max_target_length"
 SHORTENED = "a reply of which the chat template deletes a part is context and not trained"
 PROGRESS_SECONDS = 15.0  # between lines while encoding
 CHUNK = 256  # conversations tokenized at a time, fewer where they are long:
-CHUNK_CHARACTERS = 1 << 22  # a tokenizer takes about 200 bytes a character while it encodes
+CHUNK_CHARACTERS = 1 << 21  # a tokenizer takes 200 bytes a character or more while it encodes
 MAX_TURNS = np.iinfo(np.uint16).max
 
 

@@ -69,6 +69,8 @@ def _check_weights(file_sets: list[FileSet], spec: str) -> None:
 
 
 def _matching(pattern: str) -> list[Path]:
+    if "\0" in pattern:
+        raise DataError(f"{pattern!r} holds a zero byte, which no path has")
     try:
         expanded = Path(pattern).expanduser()
     except RuntimeError as error:  # ~name of a user that is not there

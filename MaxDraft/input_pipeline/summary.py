@@ -11,7 +11,7 @@ import numpy as np
 
 from MaxDraft.input_pipeline.dataset import Dataset, Documents
 from MaxDraft.input_pipeline.packing import Rows
-from MaxDraft.input_pipeline.template_renderer import PINNED_TIME
+from MaxDraft.input_pipeline.template_sandbox import PINNED_TIME
 
 OPEN, CLOSE = "⟦", "⟧"  # around what the assistant wrote
 
