@@ -49,15 +49,21 @@ class EngineHead:
         features: np.ndarray,  # float32 [R, 3H]
         positions: np.ndarray,  # int [R]
         steps: int,
+        recurrent_position_offset: int = 0,
     ) -> np.ndarray:  # float32 [K, D]
-        """Logits of a chain of K drafts from the last row."""
+        """Logits of a chain of K drafts from the last row.
+
+        recurrent_position_offset: added to the positions from step 1 on, where the head reads its
+        own output: 0 in vLLM and SGLang, 1 in sglang-jax.
+        """
         R = len(features)
         keys = values = None
         state, read, at = features @ self._w["fc.weight"].T, embeddings[1 : R + 1], positions
         out = []
         for k in range(steps):
             state, keys, values = self._layer(read, state, at, keys, values)
-            state, at = state[-1:], at[-1:] + 1
+            state = state[-1:]
+            at = positions[-1:] + 1 + k + recurrent_position_offset
             read = embeddings[R + k + 1 : R + k + 2]
             out.append(self._norm(state, "norm.weight")[0] @ self._w["lm_head.weight"].T)
         return np.stack(out)
