@@ -72,6 +72,46 @@ def test_a_text_fed_piece_by_piece_gives_the_features_of_the_whole(family):
         assert relative_error(jnp.concatenate(pieces, 1), whole) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4_scout", "mistral_window"])
+def test_branches_of_a_tree_are_read_as_if_alone(family):
+    # After 120 tokens: r, then either b, or a and c. All four in one pass, b between r and a, so
+    # that the slots of a and c are not their positions.
+    model, params = target(family)
+    tokens = np.random.default_rng(3).integers(0, model.dims.vocab_size, 124).astype(np.int32)
+    r, b, a, c = range(120, 124)
+    slots = 130
+    parents = {
+        r: list(range(120)),
+        b: [*range(120), r],
+        a: [*range(120), r],
+        c: [*range(120), r, a],
+    }
+    visible = np.zeros((1, 4, slots), bool)
+    for row, (token, seen) in enumerate(parents.items()):
+        visible[0, row, [*seen, token]] = True
+    positions = np.array([[120, 121, 121, 122]])
+    slot_positions = np.arange(slots)[None]
+    slot_positions[0, 120:124] = positions
+
+    @jax.jit
+    def read(cache, tokens, context):
+        return model.extend(params, cache, tokens, context)
+
+    def chain(cache, ids):
+        start = 0 if len(ids) > 4 else 120
+        rows = jnp.arange(start, start + len(ids))[None]
+        return read(cache, tokens[None, ids], CachedContext.from_chain(rows, slots))
+
+    _, _, cache = chain(model.empty_cache(1, slots), list(range(120)))
+    context = CachedContext(np.array([[r, b, a, c]]), positions, visible, slot_positions)
+    features, last, _ = read(cache, tokens[None, 120:], context)
+    for branch in ([r, b], [r, a, c]):
+        expected_features, expected_last, _ = chain(cache, branch)
+        rows = np.array(branch) - 120
+        assert relative_error(features[:, rows], expected_features) < 1e-4
+        assert relative_error(last[:, rows], expected_last) < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_replies_are_the_same_with_drafts_and_without(family):
     model, params = target(family)

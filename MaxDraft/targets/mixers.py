@@ -2,7 +2,7 @@
 
 A mixer makes queries, keys and values from the normed state h [B, T, H] and gives them to a
 context, which knows what may be seen: PackedContext for packed documents in training, the cache of
-decoding/generate.py. What comes back is projected to [B, T, H].
+decoding/target_model.py. What comes back is projected to [B, T, H].
 
 B batch, T sequence, H hidden size, N heads, M key/value heads, d head size.
 """
