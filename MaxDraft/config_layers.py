@@ -23,7 +23,7 @@ from MaxDraft.config_renames import (
     explain_model,
     modernized,
 )
-from MaxDraft.config_yaml import ConfigError, shown, stop_on
+from MaxDraft.config_yaml import MAX_PROBLEMS, ConfigError, shown, stop_on
 
 SCHEMA_PATH = Path(__file__).resolve().parent.parent / "configs" / "base.yml"
 ENVIRONMENT_PREFIX = "M_"
@@ -42,6 +42,9 @@ def from_file(path: Path) -> Values:
     values, problems = {}, []
     for key, line, node in config_yaml.read_keys(path):
         where = f"{path}:{line}"
+        if len(problems) == MAX_PROBLEMS:
+            problems.append(f"{where}: and so on")
+            break
         if key not in KEYS:
             problems.append(f"{where}: unknown key {shown(key)}{explain_key(key, KEYS)}")
             continue
@@ -58,6 +61,9 @@ def from_saved_file(path: Path) -> Values:
     values, problems = {}, []
     for key, line, node in config_yaml.read_keys(path):
         where = f"{path}:{line}"
+        if len(problems) == MAX_PROBLEMS:
+            problems.append(f"{where}: and so on")
+            break
         new = RENAMED_KEYS.get(key, key)
         try:
             if new in KEYS:

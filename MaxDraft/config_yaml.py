@@ -22,8 +22,9 @@ import yaml
 from MaxDraft.config_keys import KEYS
 from MaxDraft.errors import UserError
 
-MAX_BYTES = 262_144
+MAX_BYTES = 65_536
 MAX_DEPTH = 16
+MAX_PROBLEMS = 20  # of one place: a file of another kind has no key that is known
 
 # No leading zeros: 017 is 15 to YAML and 17 to people. Nineteen digits may not fit in 64 bits.
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")

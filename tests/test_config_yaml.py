@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from MaxDraft import config_layers
 from MaxDraft.config_keys import KEYS
-from MaxDraft.config_yaml import MAX_BYTES, ConfigError
+from MaxDraft.config_yaml import MAX_BYTES, MAX_PROBLEMS, ConfigError
 
 FUZZ = settings(derandomize=True, deadline=None, max_examples=300, database=None)
 
@@ -53,6 +53,13 @@ def test_deep_nesting_is_refused(opening, tmp_path):
 def test_a_file_too_large_for_a_configuration_is_refused(tmp_path):
     text = "# " + "x" * MAX_BYTES + "\n"
     assert f"longer than {MAX_BYTES} bytes" in refused(text, tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused_at_once(tmp_path):
+    keys = "".join(f"learning_rate_{i}: 1\n" for i in range(2_000))
+    message = refused(keys, tmp_path)
+    assert message.count("unknown key") == MAX_PROBLEMS
+    assert message.endswith("model.yml:21: and so on")
 
 
 def test_a_file_that_never_ends_is_refused(tmp_path):
