@@ -35,7 +35,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not our folder: see train.py
+if __name__ == "__main__":  # importing this file changes nothing
+    # The repository's root, not this folder: no file in it may shadow a library.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from MaxDraft.errors import exit_on_signals
+
+    exit_on_signals()
 
 import jax
 import jax.numpy as jnp

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from MaxDraft import errors
-from MaxDraft.errors import UserError
-from MaxDraft.liveness import RESTARTABLE, Liveness
+from MaxDraft.errors import RESTARTABLE, UserError
+from MaxDraft.liveness import Liveness
 
 # How long the first process waits for the last. A pod's hosts boot minutes apart; processes that
 # are started by hand are there at once, and a wrong address should not take long to be told.

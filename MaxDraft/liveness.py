@@ -24,13 +24,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from MaxDraft.errors import RESTARTABLE
+
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds, seconds, probes
 CONNECT_TIMEOUT = 20.0  # seconds
 KILLED = (
     "it was killed, ran out of memory, or its machine is gone; give the same command to all "
     "processes again, and they go on from the newest checkpoint"
 )
-RESTARTABLE = 42  # the exit status that asks for the same command again
 
 # Called once, in a thread: number of the process that ended, why, the exit status it asks for.
 OnLost = Callable[[int, str, int], None]

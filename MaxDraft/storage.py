@@ -21,14 +21,15 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import IO, Any
-
-from etils import epath
+from typing import IO, TYPE_CHECKING, Any, Union
 
 from MaxDraft.errors import UserError
 
+if TYPE_CHECKING:
+    from etils import epath
+
 # A path in a local file system, or one in a bucket.
-StoragePath = pathlib.Path | epath.Path
+StoragePath = Union[pathlib.Path, "epath.Path"]
 
 TEMPORARY = ".tmp-"  # between a hidden name and the random part of a temporary's name
 _process_locks: list[IO[str]] = []  # files whose lock this process holds until it ends
@@ -46,6 +47,9 @@ def as_path(location: str | os.PathLike[str]) -> StoragePath:
     """
     text = os.fspath(location)
     if "://" in text:
+        # Only here: the benchmark runs where nothing but jax, optax and pyyaml is installed.
+        from etils import epath
+
         return epath.Path(text)
     try:
         return pathlib.Path(text).expanduser().absolute()
