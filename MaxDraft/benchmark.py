@@ -46,22 +46,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from MaxDraft import pyconfig, sharding
+from MaxDraft import compile_step, pyconfig
+from MaxDraft.compile_step import TrainingPrograms
 from MaxDraft.cost import attention_pairs, compiled_flops, flops, traced_flops
-from MaxDraft.drafts import alignment, losses
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts import alignment, losses, registry
 from MaxDraft.errors import run_main
-from MaxDraft.head_dims import head_dims
 from MaxDraft.input_pipeline.synthetic import conversations, document_lengths, whole_rows
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
+from MaxDraft.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from MaxDraft.pyconfig import Config, ConfigError
-from MaxDraft.targets import plan, registry
+from MaxDraft.run.spec import drafter_options, make_mesh, step_spec
+from MaxDraft.targets import registry as families
 from MaxDraft.targets.dims import DecoderDims
-from MaxDraft.targets.table import decoder_params
-from MaxDraft.train_step import Frozen, Programs, TrainState, make_programs
+from MaxDraft.train_step import FrozenParams, StepSpec, TrainState
 
 # What decides no shape and model files leave out where releases of a model differ.
 UNSAID = {
@@ -122,8 +121,8 @@ class Setting:
     name: str
     config: Config
     target: DecoderDims
-    head: HeadDims
-    programs: Programs
+    spec: StepSpec
+    programs: TrainingPrograms
     table: Tree  # of the target's parameters
     mesh: jax.sharding.Mesh
     tokens: dict[str, np.ndarray]  # [A, B, T]
@@ -143,14 +142,14 @@ def open_setting(
 ) -> Setting:
     """Dimensions, mesh and programs of a configuration; nothing is compiled yet."""
     target = target_dims(config)
-    head = head_dims(config, target)
-    capture = plan.check_capture(config.target_layer_ids, target.num_layers)
-    mesh = sharding.make_mesh(
-        config.mesh_axes,
-        [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
-        [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
-        devices,
-    )
+    kind = registry.drafter_class(config.drafter)
+    drafter = kind.from_options(drafter_options(config), target)
+    captured_layers = kind.captured_layers(config.target_layer_ids, target.num_layers)
+    mesh = make_mesh(config, devices)
+    spec = step_spec(config, target, captured_layers, drafter, mesh)
+    settings = OptimizerConfig.from_config(config)
+    schedule = learning_rate_schedule(settings, 1000)
+    optimizer = make_optimizer(settings, schedule, drafter.params_table())
     rows = config.gradient_accumulation_steps, config.per_device_batch_size * mesh.size
     make = whole_rows if tokens == "all" else conversations
     drawn = make(*rows, config.max_target_length, target.vocab_size)
@@ -158,9 +157,11 @@ def open_setting(
         name=name,
         config=config,
         target=target,
-        head=head,
-        programs=make_programs(config, target, head, capture, mesh, 1000),
-        table=decoder_params(target, capture, jnp.dtype(config.weight_dtype)),
+        spec=spec,
+        programs=compile_step.training_programs(
+            spec, optimizer, schedule, config.init_weights_seed
+        ),
+        table=spec.source.params_table(),
         mesh=mesh,
         tokens=drawn,
         tokens_kind=tokens,
@@ -174,7 +175,7 @@ def judged_rows(config: Config, tokens: dict[str, np.ndarray]) -> np.ndarray:
         jnp.asarray(tokens[name].reshape(-1, config.max_target_length))
         for name in ("turn_ids", "segment_ids")
     )
-    aligned = alignment.aligned_rows(turns, segments, config.ttt_length, config.loss_alignment)
+    aligned = alignment.loss_mask(turns, segments, config.ttt_length, config.loss_alignment)
     judged = np.asarray(aligned.any(0)).reshape(tokens["tokens"].shape)
     if not judged.any():
         raise ConfigError(
@@ -210,7 +211,7 @@ def target_dims(config: Config) -> DecoderDims:
             f"model_name={config.model_name} has no target_config; name a model of "
             f"configs/models/ that has one, or give target_config='{{model_type: ..., ...}}'"
         )
-    return registry.dims_from_config(UNSAID | _layer_kinds(fields) | fields)
+    return families.dims_from_config(UNSAID | _layer_kinds(fields) | fields)
 
 
 def _layer_kinds(fields: dict[str, Any]) -> dict[str, Any]:
@@ -222,21 +223,12 @@ def _layer_kinds(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- what it does
-def compile_step(setting: Setting) -> tuple[TrainState, Frozen, dict[str, Any]]:
+def compile_setting(setting: Setting) -> tuple[TrainState, FrozenParams, dict[str, Any]]:
     """Compiles the step from shapes alone; -> those shapes, of state, target and batch."""
-    everywhere = NamedSharding(setting.mesh, PartitionSpec())
-    placement = parameters.shardings(setting.table, setting.mesh, setting.config.logical_axis_rules)
-    D = setting.head.draft_vocab_size
     shapes = (
         setting.programs.abstract_state,
-        Frozen(
-            parameters.abstract(setting.table, placement),
-            jax.ShapeDtypeStruct((D,), jnp.int32, sharding=everywhere),
-        ),
-        {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setting.programs.batch_sharding)
-            for name, x in setting.tokens.items()
-        },
+        compile_step.abstract_frozen(setting.spec, setting.table),
+        compile_step.abstract_batch(setting.spec, *setting.tokens["tokens"].shape),
     )
     start = time.perf_counter()
     with setting.precision():
@@ -265,7 +257,7 @@ def describe(setting: Setting, shapes: tuple[Any, ...]) -> None:
     lengths = document_lengths(batch["segment_ids"])
     per_token = flops.per_token(
         setting.target,
-        setting.head,
+        setting.spec.drafter,
         config.ttt_length,
         float((lengths**2).sum() / lengths.sum()),  # a token's document, on average
         float(judged.sum() / real.sum()),
@@ -316,11 +308,11 @@ class Running:
         if other is not None and _same(other.shapes, frozen):
             self.frozen = other.frozen
         else:
-            places = jax.tree.map(lambda x: x.sharding, frozen.target)
+            places = jax.tree.map(lambda x: x.sharding, frozen.source)
             draw = jax.jit(lambda: parameters.initialize(setting.table, 0), out_shardings=places)
-            D, everywhere = setting.head.draft_vocab_size, frozen.draft_to_target.sharding
-            ids = jax.device_put(np.arange(D, dtype=np.int32), everywhere)
-            self.frozen = Frozen(draw(), ids)
+            ids = frozen.draft_to_target
+            ids = jax.device_put(np.arange(len(ids), dtype=np.int32), ids.sharding)
+            self.frozen = FrozenParams(draw(), ids)
         self.batch = {
             name: jax.device_put(x, batch[name].sharding) for name, x in setting.tokens.items()
         }
@@ -338,18 +330,18 @@ class Running:
 
     def breakdown(self, repeats: int) -> dict[str, float]:
         """Median seconds of the parts, each run alone as a program of its own."""
-        parts, state = self.setting.programs.parts, self.state
-        seen = parts.target(self.frozen, self.batch)
-        gradient, loss, _ = parts.draft(state, self.batch, seen, self.frozen)
+        parts, params = self.setting.programs, self.state.params
+        outputs = parts.target(self.frozen, self.batch)
+        loss, gradient, _ = parts.draft(params, self.frozen, self.batch, outputs)
         times = {
             "target": _median(lambda: parts.target(self.frozen, self.batch), repeats),
             "rollout and loss": _median(
-                lambda: parts.draft(state, self.batch, seen, self.frozen), repeats
+                lambda: parts.draft(params, self.frozen, self.batch, outputs), repeats
             ),
         }
 
         def update():
-            self.state, said = parts.optimizer(self.state, gradient, loss)
+            self.state, said = parts.update(self.state, loss, gradient)
             return said
 
         times["optimizer"] = _median(update, repeats)
@@ -359,8 +351,9 @@ class Running:
 
     def _loss(self) -> tuple[Callable, ...]:
         """The loss alone, of as many rows as one device has, with its gradients."""
-        config, head = self.setting.config, self.setting.head
-        K, H, D = config.ttt_length, head.hidden_size, head.draft_vocab_size
+        config, spec = self.setting.config, self.setting.spec
+        K, H = spec.num_steps, self.setting.target.hidden_size
+        D = spec.drafter.draft_vocab_size
         said = self.setting.said
         R = min(config.rollout_block_size, said["computed_rows"] // self.setting.mesh.size)
         blocks = said["computed_rows"] // self.setting.mesh.size // R
@@ -375,9 +368,11 @@ class Running:
                 def loss(hidden):
                     logits = jnp.matmul(teacher, teacher_head, preferred_element_type=jnp.float32)
                     log_norm = jax.nn.logsumexp(logits, -1) + 1
-                    judge = losses.Judge.of(logits, log_norm, jnp.zeros(len(teacher), jnp.int32))
+                    judge = losses.TeacherTargets.from_logits(
+                        logits, log_norm, jnp.zeros(len(teacher), jnp.int32)
+                    )
                     weights = jnp.full((K, R), 1.0 / R)
-                    total, _, new = losses.judged(
+                    total, _, new = losses.fused_linear_cross_entropy(
                         hidden, weight, d_weight, judge, weights, config.loss
                     )
                     return total, new
@@ -555,7 +550,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     shapes = []
     for setting in settings:
-        shapes.append(compile_step(setting))
+        shapes.append(compile_setting(setting))
         describe(setting, shapes[-1])
     ratios = [] if compile_only else measure(settings, shapes, flags.steps, flags.profile)
     print("\n\n".join(table(setting) for setting in settings), flush=True)

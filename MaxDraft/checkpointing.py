@@ -19,9 +19,10 @@ from orbax.checkpoint import checkpoint_managers
 
 from MaxDraft import checksums, storage
 from MaxDraft.damaged_checkpoints import find_damage, set_aside, set_aside_broken_metrics
+from MaxDraft.drafts import registry
 from MaxDraft.layers.params import Tree
 from MaxDraft.pyconfig import Config
-from MaxDraft.resume import FORMER_DEFAULTS, ResumeError, check_same_config, check_same_identity
+from MaxDraft.resume import ResumeError, check_same_config, check_same_identity
 from MaxDraft.train_step import TrainState
 
 # What evaluation and export read stands apart from the optimizer, which is twice as large.
@@ -52,7 +53,7 @@ class Checkpoints:
     def saved_identity(self) -> dict[str, Any] | None:
         """The identity that the newest readable checkpoint was saved with; None: there is none."""
         newest = self._first_readable(self._newest_first(), ("meta",), self._meta)
-        return FORMER_DEFAULTS | newest["identity"] if newest else None
+        return registry.upgraded(newest["identity"]) if newest else None
 
     def save(
         self,

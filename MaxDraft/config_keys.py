@@ -101,11 +101,14 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "target_quantization": Key(str, choices=("dequantize", "keep_quantized")),
         "trust_remote_code": Key(bool, resume=True),
         # the draft head
+        "drafter": Key(str),
         "draft_vocab_size": Key(int, range=TOKENS),
         "draft_intermediate_size": Key(int, range=Range(0, 1_048_576)),
         "draft_num_attention_heads": Key(int, range=HEADS),
         "draft_num_key_value_heads": Key(int, range=HEADS),
         "draft_head_dim": Key(int, range=Range(0, 4_096)),
+        "draft_fc_norm": Key(bool),
+        "draft_norm_output": Key(bool),
         "load_parameters_path": _path(),
         "init_weights_seed": Key(int, range=SEED),
         # the rollout and its loss

@@ -29,28 +29,26 @@ from MaxDraft.decoding.measure import measure
 from MaxDraft.decoding.state import DecodeParams, DecodeSpec
 from MaxDraft.decoding.target_model import TargetModel
 from MaxDraft.drafts import metrics
-from MaxDraft.drafts.eagle3 import decoding as eagle3_decoding
-from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.errors import run_main
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
-from MaxDraft.run import training_run as wiring
-from MaxDraft.run.training_run import Run
-from MaxDraft.train_step import Frozen
+from MaxDraft.run import training_run
+from MaxDraft.run.training_run import TrainingRun
+from MaxDraft.train_step import FrozenParams
 
 FILE = "evaluation.json"
 
 
 def main(argv: Sequence[str]) -> int:
-    run = wiring.open_run(pyconfig.initialize(argv, from_run=True))
+    run = training_run.open_for_evaluation(pyconfig.initialize(argv, from_run=True))
     step, params, vocabulary = run.restore_head()
-    frozen = wiring.load_frozen(run, vocabulary)
+    frozen = training_run.load_frozen(run, vocabulary)
     evaluate(run, step, params, frozen)
     return 0
 
 
-def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any]:
+def evaluate(run: TrainingRun, step: int, params: Tree, frozen: FrozenParams) -> dict[str, Any]:
     """Measures the head of optimizer step `step`; writes evaluation.json and prints its table."""
     config = run.config
     say(f"\nevaluating the head of step {step}")
@@ -63,7 +61,7 @@ def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any
         "max_new_tokens": config.decode_max_new_tokens,
         "batch_size": config.decode_batch_size,
         "dtype": config.dtype,
-        "target_layer_ids": list(run.target.capture),
+        "target_layer_ids": list(run.target.captured_layers),
         "devices": f"{run.mesh.size} x {jax.devices()[0].device_kind}",
     }
     if jax.process_index() == 0:
@@ -74,27 +72,29 @@ def evaluate(run: Run, step: int, params: Tree, frozen: Frozen) -> dict[str, Any
 
 
 def held_out_metrics(
-    run: Run, params: Tree, frozen: Frozen, num_batches: int = -1
+    run: TrainingRun, params: Tree, frozen: FrozenParams, num_batches: int = -1
 ) -> dict[str, Any]:
     """Teacher-forced metrics pooled over held-out batches, all where num_batches is -1."""
     found = [
-        run.programs.evaluate(params, frozen, batch) for batch in run.held_out_batches(num_batches)
+        run.evaluation_step(params, frozen, batch) for batch in run.held_out_batches(num_batches)
     ]
     pooled = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(found))
     return metrics.finish(pooled, run.config.ttt_loss_decay)
 
 
-def decode(run: Run, params: Tree, frozen: Frozen, prompts: list[list[int]]) -> dict[str, Any]:
+def decode(
+    run: TrainingRun, params: Tree, frozen: FrozenParams, prompts: list[list[int]]
+) -> dict[str, Any]:
     """Real decoding of `prompts`, split over all devices of the mesh."""
     config, rules = run.config, run.config.logical_axis_rules
-    table = eagle3.head_params(run.head_dims)
+    table = run.drafter.params_table()
     untrained = jax.jit(
         lambda: parameters.initialize(table, config.init_weights_seed),
         out_shardings=parameters.shardings(table, run.mesh, rules),
     )()
     spec = DecodeSpec(
-        target=TargetModel(run.target.dims, run.target.capture, jnp.dtype(config.dtype)),
-        drafter=BoundDrafter(eagle3_decoding, run.head_dims),
+        target=TargetModel(run.target.dims, run.target.captured_layers, jnp.dtype(config.dtype)),
+        drafter=BoundDrafter(run.drafter.decode_functions, run.drafter.dims),
         num_draft_tokens=config.decode_draft_steps,
         max_new_tokens=config.decode_max_new_tokens,
         stop_ids=run.stop_ids,
@@ -104,7 +104,7 @@ def decode(run: Run, params: Tree, frozen: Frozen, prompts: list[list[int]]) -> 
     with sharding.axis_rules(run.mesh, rules):
         return measure(
             spec,
-            DecodeParams(frozen.target, params, frozen.draft_to_target),
+            DecodeParams(frozen.source, params, frozen.draft_to_target),
             untrained,
             prompts,
             config.decode_batch_size * run.mesh.size,

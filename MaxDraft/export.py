@@ -29,18 +29,18 @@ from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.errors import run_main
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
-from MaxDraft.run import training_run as wiring
-from MaxDraft.run.training_run import Run
+from MaxDraft.run import training_run
+from MaxDraft.run.training_run import OpenedRun
 
 
 def main(argv: Sequence[str]) -> int:
-    run = wiring.open_run(pyconfig.initialize(argv, from_run=True), with_data=False)
+    run = training_run.open_for_export(pyconfig.initialize(argv, from_run=True))
     step, params, vocabulary = run.restore_head()
     export(run, step, params, vocabulary)
     return 0
 
 
-def export(run: Run, step: int, params: Tree, vocabulary: DraftVocabulary) -> Path:
+def export(run: OpenedRun, step: int, params: Tree, vocabulary: DraftVocabulary) -> Path:
     """Writes, checks and describes the export of the head of step `step` -> its folder."""
     folder, target = run.config.export_directory, run.target
     say(f"\nexporting the head of step {step}")
@@ -50,18 +50,20 @@ def export(run: Run, step: int, params: Tree, vocabulary: DraftVocabulary) -> Pa
         export_head(
             folder,
             params,
-            run.head_dims,
+            run.drafter.dims,
             vocabulary,
             target.config,
-            target.capture,
+            target.captured_layers,
             run.config.model_name,
             check=lambda written: reports.append(
-                check_export(written, params, run.head_dims, vocabulary, target.capture)
+                check_export(written, params, run.drafter.dims, vocabulary, target.captured_layers)
             ),
         )
         say(str(reports[0]))
         say(f"exported to {folder}\n")
-        config = head_config(run.head_dims, target.config, target.capture, run.config.model_name)
+        config = head_config(
+            run.drafter.dims, target.config, target.captured_layers, run.config.model_name
+        )
         say(engine_report(target.config, config, str(target.path), str(folder)))
     return folder
 

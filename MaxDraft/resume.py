@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from MaxDraft import pyconfig
+from MaxDraft.drafts import registry
 from MaxDraft.errors import UserError
 from MaxDraft.pyconfig import Config
-
-# What runs were saved without, when there was one choice only.
-FORMER_DEFAULTS = {"drafter": "eagle3"}
 
 
 class ResumeError(UserError):
@@ -29,7 +27,7 @@ def check_same_identity(
     saved: Mapping[str, Any], identity: Mapping[str, Any], config: Config
 ) -> None:
     """ResumeError naming each difference between what a run was saved as and what it is now."""
-    lines = pyconfig.differences(FORMER_DEFAULTS | saved, FORMER_DEFAULTS | identity, set())
+    lines = pyconfig.differences(registry.upgraded(saved), identity, set())
     _raise_if_any(lines, config)
 
 

@@ -1,4 +1,4 @@
-"""Trains an EAGLE-3 draft head, measures it by real decoding and exports it.
+"""Trains a draft head, measures it by real decoding and exports it.
 
     python3 MaxDraft/train.py configs/base.yml                      (the embedded default)
     python3 MaxDraft/train.py configs/base.yml model_name=qwen3-8b target_path=/models/Qwen3-8B \
@@ -33,9 +33,9 @@ from MaxDraft.export import export
 from MaxDraft.metric_logger import MetricLogger, say
 from MaxDraft.profiler import Profiler
 from MaxDraft.report import text as report
-from MaxDraft.run import training_run as wiring
-from MaxDraft.run.training_run import Run, TrainingError
-from MaxDraft.train_step import Frozen, TrainState
+from MaxDraft.run import training_run
+from MaxDraft.run.training_run import TrainingError, TrainingRun
+from MaxDraft.train_step import FrozenParams, TrainState
 
 STOPPED = 42
 SIGNAL_PERIOD = 10  # steps
@@ -43,19 +43,19 @@ SIGNAL_PERIOD = 10  # steps
 
 def main(argv: Sequence[str]) -> int:
     # ---------------------------------------------------- target, data, mesh, programs (no weights)
-    run = wiring.open_run(pyconfig.initialize(argv), for_training=True)
+    run = training_run.open_for_training(pyconfig.initialize(argv))
 
     # ---------------------------------------------------- newest checkpoint, warm start or seed
     restored = run.checkpoints.restore_latest(run.programs.abstract_state)
     if restored is not None:
         state, ids, batches_read = restored
-        vocabulary = wiring.vocabulary(run, ids)
+        vocabulary = run.vocabulary(ids)
         say(f"resuming after step {int(state.step)} of {run.total_steps}")
     else:
-        vocabulary, warm_start = wiring.initial_head(run)
+        vocabulary, warm_start = training_run.initial_head(run)
         state, batches_read = run.programs.initialize(warm_start), 0
     report.describe(run, vocabulary)
-    frozen = wiring.load_frozen(run, vocabulary)
+    frozen = training_run.load_frozen(run, vocabulary)
 
     # ---------------------------------------------------- training
     state, stopped = train(run, frozen, state, vocabulary.draft_to_target, batches_read)
@@ -79,7 +79,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(
-    run: Run, frozen: Frozen, state: TrainState, draft_to_target: np.ndarray, batches_read: int
+    run: TrainingRun,
+    frozen: FrozenParams,
+    state: TrainState,
+    draft_to_target: np.ndarray,
+    batches_read: int,
 ) -> tuple[TrainState, bool]:
     """Optimizer steps up to run.total_steps -> (state, True where a signal asked to stop).
 
@@ -96,7 +100,7 @@ def train(
         flops_per_token=sum(
             flops.per_token(
                 run.target.dims,
-                run.head_dims,
+                run.drafter,
                 config.ttt_length,
                 config.max_target_length,
                 run.data.supervised_share,

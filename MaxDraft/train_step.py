@@ -1,82 +1,72 @@
-"""One optimizer step, and one evaluation step, as jitted programs.
+"""One optimizer step, and one evaluation step, as plain functions over a frozen spec.
 
-    observe     the frozen target reads every micro-batch: features, teacher            (targets/)
-    count       rows that count, over the whole step: the loss's denominators           (drafts/)
-    gradients   rollout and loss of the rows that are judged, on each device its own    (drafts/)
-    update      clip, AdamW or Muon, schedule; float32 masters and moments              (optax)
+    target_outputs     the frozen target reads every micro-batch: hidden states, teacher (targets/)
+    loss_and_gradient  on each device its own tokens: masks, drafts, loss, gradient      (drafts/)
+    update             clip, AdamW or Muon, schedule; float32 masters and moments         (optax)
 
-Dividing each step's loss by rows counted over all micro-batches and devices needs the target's
-argmax everywhere before the first gradient. So the target runs first, over all of them. The target
-is split as XLA sees fit from its weights' sharding; the head is not left to it: each device has the
-whole head and its own rows, and all that devices exchange is counts and the gradient's sum.
+Dividing each draft step's loss by the supervised positions of all micro-batches and devices needs
+the target's argmax everywhere before the first gradient. So the target runs first, over all of
+them. The target is split as XLA sees fit from its weights' sharding; the drafter is not left to it:
+each device has the whole head and its own tokens, and all that devices exchange is counts and the
+gradient's sum. compile_step.py makes these functions programs: shardings, donation, options.
+
+A micro-batches, B rows, T tokens in a packed row, L = A * B * T / devices tokens of a device,
+K drafts of a position, D draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from MaxDraft import sharding
-from MaxDraft.drafts import alignment, losses, metrics
-from MaxDraft.drafts.eagle3 import head as eagle3
-from MaxDraft.drafts.eagle3.head import HeadDims
-from MaxDraft.drafts.eagle3.rollout import Tokens
-from MaxDraft.drafts.losses import Teacher
+from MaxDraft.drafts import alignment, metrics, training_pass
+from MaxDraft.drafts.drafter import Drafter, DraftInputs, LossConfig
 from MaxDraft.drafts.training_pass import (
-    Blocks,
-    Judgement,
-    PassDims,
-    judge_rows,
-    loss_and_gradient,
+    PositionBlocks,
+    ReplicatedTeacher,
+    RolloutConfig,
+    Supervision,
 )
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
-from MaxDraft.optimizer import (
-    OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-    optimizer_state_shardings,
-)
-from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.sharding import constrain
-from MaxDraft.targets import decoder
-from MaxDraft.targets.dims import DecoderDims
+from MaxDraft.targets.feature_source import BatchField, FeatureSource, TargetOutputs
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids, positions, turn_ids: int32 [A, B, T]
+Batch = Mapping[str, jax.Array]  # [A, B, T, ...] by the names of `batch_fields`
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """All that decides what a step computes, and where. Hashable; holds no arrays."""
+
+    drafter: Drafter
+    source: FeatureSource
+    loss: LossConfig
+    rollout: RolloutConfig
+    mesh: Mesh
+    rules: sharding.Rules
+
+    @property
+    def num_steps(self) -> int:
+        """K"""
+        return self.drafter.num_steps(self.loss)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenParams:
     """What a step reads and never changes."""
 
-    target: Tree
-    draft_to_target: jax.Array  # int32 [D]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DraftFrozen:
-    """What of it judges the draft, whole on every device."""
-
-    teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
-    target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What the target says of a batch."""
-
-    embeddings: jax.Array  # [..., B, T, H]
-    features: jax.Array  # [..., B, T, 3H]
-    teacher: Teacher
+    source: Tree  # the feature source's parameters: the target's weights
+    draft_to_target: jax.Array  # int32 [D] target ids of the draft vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -85,250 +75,182 @@ class TrainState:
     """What a step changes, all of it saved in a checkpoint."""
 
     step: jax.Array  # int32, optimizer steps done
-    params: Tree  # of the head, float32
+    params: Tree  # of the drafter, float32
     optimizer: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What `train` is made of, each a program of its own, to be measured alone."""
-
-    target: Callable[[Frozen, Batch], Seen]
-    draft: Callable[[TrainState, Batch, Seen, Frozen], tuple[Tree, jax.Array, dict[str, jax.Array]]]
-    optimizer: Callable[[TrainState, Tree, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The jitted functions of a run, and where their arguments live."""
-
-    initialize: Callable[[Tree | None], TrainState]
-    train: Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[[Tree, Frozen, Batch], dict[str, jax.Array]]
-    parts: Parts
-    abstract_state: TrainState  # shapes, dtypes and shardings, to restore into
-    batch_sharding: NamedSharding
+# ------------------------------------------------------------------------------------- the step
+def train_step(
+    spec: StepSpec,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    frozen: FrozenParams,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step -> the new state, and sums and numbers of the step for the log."""
+    outputs = target_outputs(spec, frozen, batch)
+    loss, gradient, sums = loss_and_gradient(spec, state.params, frozen, batch, outputs)
+    state, numbers = update(optimizer, schedule, state, loss, gradient)
+    return state, sums | numbers | {"tokens": (batch["segment_ids"] > 0).sum()}
 
 
-def attention_kernel(config: Config, mesh: Mesh) -> str:
-    """-> one of attention.IMPLEMENTATIONS; ConfigError where the mesh's devices have no such."""
-    if config.attention == "blockwise":
-        return "xla"
-    platform = mesh.devices.flat[0].platform
-    if platform not in ("tpu", "gpu"):
-        raise ConfigError(
-            f"attention=pallas: these kernels are a TPU's or a GPU's, and the devices are "
-            f"of platform {platform}; write attention=blockwise"
+def evaluation_step(spec: StepSpec, params: Tree, frozen: FrozenParams, batch: Batch) -> Metrics:
+    """The same sums without a gradient: drafts/metrics.py divides them."""
+    outputs = target_outputs(spec, frozen, batch)
+
+    def on_device(batch, outputs, params, teacher):
+        inputs, supervision, masks = device_inputs(spec, batch, outputs, teacher)
+        results = training_pass.evaluate_positions(
+            spec.drafter, params, inputs, supervision, spec.rollout
         )
-    if config.attention_block_size not in (128, 256, 512):  # 512: what VMEM has room for
-        raise ConfigError(
-            f"attention=pallas needs an attention_block_size of 128, 256 or 512, and it is "
-            f"{config.attention_block_size}"
-        )
-    return platform
+        return jax.lax.psum(metrics.sums(results, *masks), spec.mesh.axis_names)
+
+    teacher = replicated_teacher(spec, frozen)
+    return on_every_device(spec, on_device, PartitionSpec())(batch, outputs, params, teacher)
 
 
-def make_programs(
-    config: Config,
-    target_dims: DecoderDims,
-    head_dims: HeadDims,
-    capture: tuple[int, ...],
-    mesh: Mesh,
-    total_steps: int,
-) -> Programs:
-    """Builds the jitted step functions for a mesh; nothing is compiled yet."""
-    dtype = jnp.dtype(config.dtype)
-    optimizer_config = OptimizerConfig.from_config(config)
-    schedule = learning_rate_schedule(optimizer_config, total_steps)
-    table = eagle3.head_params(head_dims)
-    optimizer = make_optimizer(optimizer_config, schedule, table)
-    rules = config.logical_axis_rules
-    placement = parameters.shardings(table, mesh, rules)
-    kernel = attention_kernel(config, mesh)
-    options = None
-    if mesh.devices.flat[0].platform == "cpu":
-        # A CPU multiplies bfloat16 as float32. Were that conversion moved out of the scan over
-        # layers, as this pass does, the weights of all layers would lie there in float32.
-        options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-    how = PassDims(
-        ttt_length=config.ttt_length,
-        loss=config.loss,
-        row_block=config.rollout_block_size,
-        attention_block=config.attention_block_size,
-        attention_kernel=kernel,
-        softcap=target_dims.logit_softcap,
-    )
-    split_batch = sharding.named_sharding(mesh, rules, (None, "draft_batch", None)).spec
+# --------------------------------------------------------------------------- 1. the target's part
+def target_outputs(spec: StepSpec, frozen: FrozenParams, batch: Batch) -> TargetOutputs:
+    """What the feature source says of every micro-batch: arrays [A, B, T, ...]."""
 
-    def observe(frozen: Frozen, batch: Batch) -> Seen:
-        embeddings, features, last = decoder.features(
-            frozen.target,
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
-            target_dims,
-            capture,
-            dtype,
-            config.attention_block_size,
-            kernel,
-        )
-        aligned = aligned_rows(batch)
-        best, log_norm = decoder.full_vocabulary(
-            frozen.target,
-            target_dims,
-            last,
-            alignment.teacher_positions(aligned),
-            config.vocab_block_size,
-        )
+    def of_micro_batch(micro_batch: Batch) -> TargetOutputs:
+        mask = loss_mask(spec, micro_batch)
+        outputs = spec.source.outputs(frozen.source, micro_batch, alignment.teacher_mask(mask))
         # From here on the batch is split over every device, whatever split the target.
-        return jax.tree.map(
-            lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)),
-            Seen(embeddings, features, Teacher(last, best, log_norm)),
+        return jax.tree.map(lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)), outputs)
+
+    return jax.lax.map(of_micro_batch, batch)
+
+
+def loss_mask(spec: StepSpec, batch: Batch) -> jax.Array:
+    """bool [K, B, T]: positions whose k-th draft is supervised, whatever the draft vocabulary."""
+    return spec.drafter.loss_mask(batch["turn_ids"], batch["segment_ids"], spec.loss)
+
+
+def replicated_teacher(spec: StepSpec, frozen: FrozenParams) -> ReplicatedTeacher:
+    """The target's LM head over the draft vocabulary, and that vocabulary's inverse."""
+    ids = frozen.draft_to_target
+    target_to_draft = jnp.full(spec.source.vocab_size, -1, jnp.int32)
+    target_to_draft = target_to_draft.at[ids].set(jnp.arange(len(ids), dtype=jnp.int32))
+    lm_head = spec.source.teacher_lm_head(frozen.source, ids)
+    return ReplicatedTeacher(lm_head, target_to_draft, spec.source.logit_softcap)
+
+
+# -------------------------------------------------------------------------- 2. the drafter's part
+def loss_and_gradient(
+    spec: StepSpec, params: Tree, frozen: FrozenParams, batch: Batch, outputs: TargetOutputs
+) -> tuple[jax.Array, Tree, Metrics]:
+    """-> the loss of all devices, its gradient where the parameters lie, metrics.sums."""
+    placement = param_shardings(spec)
+
+    def on_device(batch, outputs, params, teacher):
+        inputs, supervision, masks = device_inputs(spec, batch, outputs, teacher)
+        loss, gradient, results = training_pass.loss_and_gradient(
+            spec.drafter, params, inputs, supervision, spec.rollout
         )
-
-    def aligned_rows(batch: Batch) -> jax.Array:
-        return alignment.aligned_rows(
-            batch["turn_ids"], batch["segment_ids"], config.ttt_length, config.loss_alignment
-        )
-
-    def on_this_device(batch: Batch, seen: Seen, frozen: DraftFrozen):
-        """-> tokens, judgement, aligned and counted rows of all micro-batches.
-
-        [A, b, T] laid end to end.
-        """
-        batch, seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, seen))
-        tokens = Tokens.of(seen.embeddings, seen.features, batch["positions"], batch["segment_ids"])
-        aligned = aligned_rows(batch)
-        counted = aligned & losses.teacher_in_vocabulary(
-            seen.teacher.best, frozen.target_to_draft >= 0, config.ttt_length
-        )
-        aligned, counted = (x.reshape(len(x), -1) for x in (aligned, counted))
-        blocks = Blocks.of(aligned, how.row_block)
-        if config.loss_denominator == "specforge":
-            denominators = jnp.full(config.ttt_length, counted.shape[1], jnp.float32)
-        else:
-            denominators = counted.sum(1).astype(jnp.float32)
-        denominators = jax.lax.psum(denominators, mesh.axis_names)
-        weights = losses.row_weights(counted, denominators, config.ttt_loss_decay)
-        teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen.teacher)
-        judgement = Judgement(teacher, frozen.teacher_head, frozen.target_to_draft, blocks, weights)
-        return tokens, judgement, aligned, counted
-
-    def everywhere_at_once(function: Callable, out_specs: Any) -> Callable:
-        """function(batch, seen, *rest) on each device, its batch and the whole of the rest."""
-
-        def alone(batch, seen, rest):
-            with sharding.on_each_device():
-                return function(batch, seen, *rest)
-
-        mapped = jax.shard_map(
-            alone,
-            mesh=mesh,
-            in_specs=(split_batch, split_batch, PartitionSpec()),
-            out_specs=out_specs,
-            check_vma=False,
-        )
-        return lambda batch, seen, *rest: mapped(batch, seen, rest)
-
-    def gradients_on_this_device(batch: Batch, seen: Seen, params: Tree, frozen: DraftFrozen):
-        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen)
-        loss, gradient, results = loss_and_gradient(params, head_dims, tokens, judgement, how)
         gradient = jax.tree.map(
-            lambda g, place: sharding.scatter_sum(g, mesh, place.spec), gradient, placement
+            lambda g, place: sharding.scatter_sum(g, spec.mesh, place.spec), gradient, placement
         )
-        sums = metrics.sums(results, aligned, counted)
-        return gradient, *jax.lax.psum((loss, sums), mesh.axis_names)
+        sums = metrics.sums(results, *masks)
+        loss, sums = jax.lax.psum((loss, sums), spec.mesh.axis_names)
+        return loss, gradient, sums
 
-    def judged_on_this_device(batch: Batch, seen: Seen, params: Tree, frozen: DraftFrozen):
-        tokens, judgement, aligned, counted = on_this_device(batch, seen, frozen)
-        results = judge_rows(params, head_dims, tokens, judgement, how)
-        return jax.lax.psum(metrics.sums(results, aligned, counted), mesh.axis_names)
+    gradient_specs = jax.tree.map(lambda place: place.spec, placement)
+    out_specs = (PartitionSpec(), gradient_specs, PartitionSpec())
+    teacher = replicated_teacher(spec, frozen)
+    return on_every_device(spec, on_device, out_specs)(batch, outputs, params, teacher)
 
-    def for_the_draft(frozen: Frozen) -> DraftFrozen:
-        ids = frozen.draft_to_target
-        places = jnp.full(target_dims.vocab_size, -1, jnp.int32)
-        places = places.at[ids].set(jnp.arange(len(ids), dtype=jnp.int32))
-        return DraftFrozen(decoder.draft_head_weight(frozen.target, ids), places)
 
-    def seen_by_target(frozen: Frozen, batch: Batch) -> Seen:
-        return jax.lax.map(lambda micro: observe(frozen, micro), batch)
+def device_inputs(
+    spec: StepSpec, batch: Batch, outputs: TargetOutputs, teacher: ReplicatedTeacher
+) -> tuple[DraftInputs, Supervision, tuple[jax.Array, jax.Array]]:
+    """A device's micro-batches [A, b, T] laid end to end: L tokens.
 
-    def gradients(state: TrainState, batch: Batch, seen: Seen, frozen: Frozen):
-        """-> gradient where the parameters lie, loss, metrics.sums."""
-        places = jax.tree.map(lambda place: place.spec, placement)
-        return everywhere_at_once(
-            gradients_on_this_device, (places, PartitionSpec(), PartitionSpec())
-        )(batch, seen, state.params, for_the_draft(frozen))
+    -> what the drafter reads, what supervises it, and (loss_mask, in_vocab_loss_mask) bool [K, L].
+    """
+    batch, outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, outputs))
+    inputs = DraftInputs.from_rows(
+        outputs.embeddings, outputs.aux_hidden_states, batch["positions"], batch["segment_ids"]
+    )
+    mask = loss_mask(spec, batch)
+    in_vocab_mask = mask & alignment.teacher_in_vocab(
+        outputs.teacher.argmax, teacher.target_to_draft >= 0, spec.num_steps
+    )
+    mask, in_vocab_mask = (x.reshape(len(x), -1) for x in (mask, in_vocab_mask))
+    totals = spec.drafter.loss_totals(in_vocab_mask, spec.loss)
+    totals = jax.lax.psum(totals, spec.mesh.axis_names)
+    supervision = Supervision(
+        outputs=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs.teacher),
+        teacher=teacher,
+        blocks=PositionBlocks.from_loss_mask(mask, spec.rollout.position_block),
+        weights=spec.drafter.loss_weights(in_vocab_mask, totals, spec.loss),
+        loss=spec.loss.loss,
+    )
+    return inputs, supervision, (mask, in_vocab_mask)
 
-    def update(state: TrainState, gradient: Tree, loss: jax.Array):
-        """-> new state, and what the step says of it."""
-        updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
-        gradient_norm = optax.tree.norm(gradient)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), new_optimizer)
-        finite = jnp.isfinite(loss + gradient_norm + optax.tree.norm(new.params))
-        # A step that is not finite changes nothing but the step number.
-        kept = dataclasses.replace(state, step=state.step + 1)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-        return new, {
-            "total_loss": loss,
-            "gradient_norm": gradient_norm,
-            "finite": finite,
-            "learning_rate": schedule(state.step),
-        }
 
-    def train(state: TrainState, frozen: Frozen, batch: Batch):
-        seen = seen_by_target(frozen, batch)
-        gradient, loss, sums = gradients(state, batch, seen, frozen)
-        new, said = update(state, gradient, loss)
-        return new, sums | said | {"tokens": (batch["segment_ids"] > 0).sum()}
+def on_every_device(spec: StepSpec, function: Callable, out_specs: Any) -> Callable:
+    """function(batch, outputs, params, teacher) on each device: its rows, the whole of the rest."""
+    rows = sharding.named_sharding(spec.mesh, spec.rules, (None, "draft_batch", None)).spec
 
-    def evaluate(params: Tree, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
-        return everywhere_at_once(judged_on_this_device, PartitionSpec())(
-            batch, seen_by_target(frozen, batch), params, for_the_draft(frozen)
-        )
+    def on_device(*args):
+        with sharding.on_each_device():
+            return function(*args)
 
-    def initialize(params: Tree | None) -> TrainState:
-        if params is None:
-            params = parameters.initialize(table, config.init_weights_seed)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state_shardings = TrainState(
-        step=everywhere,
-        params=placement,
-        optimizer=optimizer_state_shardings(
-            jax.eval_shape(optimizer.init, parameters.abstract(table)), placement, everywhere
-        ),
+    return jax.shard_map(
+        on_device,
+        mesh=spec.mesh,
+        in_specs=(rows, rows, PartitionSpec(), PartitionSpec()),
+        out_specs=out_specs,
+        check_vma=False,
     )
 
-    def under_rules(function: Callable) -> Callable:
-        def wrapped(*args):
-            with sharding.axis_rules(mesh, rules):
-                return function(*args)
 
-        wrapped.__name__ = function.__name__
-        return wrapped
+# ------------------------------------------------------------------------------------ 3. the update
+def update(
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    loss: jax.Array,
+    gradient: Tree,
+) -> tuple[TrainState, Metrics]:
+    """-> new state, and the step's numbers. A step that is not finite changes its number only."""
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    gradient_norm = optax.tree.norm(gradient)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(state.step + 1, params, optimizer_state)
+    finite = jnp.isfinite(loss + gradient_norm + optax.tree.norm(new.params))
+    unchanged = dataclasses.replace(state, step=state.step + 1)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
+    return new, {
+        "total_loss": loss,
+        "gradient_norm": gradient_norm,
+        "finite": finite,
+        "learning_rate": schedule(state.step),
+    }
 
-    return Programs(
-        initialize=jax.jit(under_rules(initialize), out_shardings=state_shardings),
-        train=jax.jit(
-            under_rules(train),
-            donate_argnums=0,
-            out_shardings=(state_shardings, everywhere),
-            compiler_options=options,
-        ),
-        evaluate=jax.jit(under_rules(evaluate), out_shardings=everywhere, compiler_options=options),
-        parts=Parts(
-            target=jax.jit(under_rules(seen_by_target), compiler_options=options),
-            draft=jax.jit(under_rules(gradients), compiler_options=options),
-            optimizer=jax.jit(
-                under_rules(update), donate_argnums=0, out_shardings=(state_shardings, everywhere)
-            ),
-        ),
-        abstract_state=jax.tree.map(
-            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-            jax.eval_shape(initialize, None),
-            state_shardings,
-        ),
-        batch_sharding=sharding.named_sharding(mesh, rules, (None, "draft_batch", None)),
-    )
+
+# ------------------------------------------------------------------------ what a step works on
+def batch_fields(spec: StepSpec) -> dict[str, BatchField]:
+    """The arrays of a batch: those that the step reads itself, and those of the source.
+
+    turn_ids: 0 where the assistant did not write, else the turn; segment_ids: 0 at pads, else the
+    document; positions: inside the document.
+    """
+    own = {name: BatchField() for name in ("segment_ids", "positions", "turn_ids")}
+    return own | dict(spec.source.batch_fields())
+
+
+def param_shardings(spec: StepSpec) -> Tree:
+    """Tree of NamedSharding of the drafter's parameters."""
+    return parameters.shardings(spec.drafter.params_table(), spec.mesh, spec.rules)
+
+
+def initial_state(
+    spec: StepSpec, optimizer: optax.GradientTransformation, params: Tree | None, seed: int
+) -> TrainState:
+    """Step 0, from parameters or where they are None from a seed."""
+    if params is None:
+        params = parameters.initialize(spec.drafter.params_table(), seed)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))

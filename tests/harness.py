@@ -8,22 +8,20 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import reference
+from jax.sharding import PartitionSpec
 
-from MaxDraft.drafts import alignment as alignments
-from MaxDraft.drafts import losses, metrics
-from MaxDraft.drafts.eagle3.head import HeadDims, head_params
-from MaxDraft.drafts.eagle3.rollout import Tokens
-from MaxDraft.drafts.losses import Teacher
-from MaxDraft.drafts.training_pass import (
-    Blocks,
-    Judgement,
-    PassDims,
-    judge_rows,
-    loss_and_gradient,
-)
+from MaxDraft import train_step
+from MaxDraft.drafts import losses, metrics, training_pass
+from MaxDraft.drafts.drafter import LossConfig
+from MaxDraft.drafts.eagle3.dims import HeadDims
+from MaxDraft.drafts.eagle3.drafter import Eagle3
+from MaxDraft.drafts.training_pass import PositionBlocks, RolloutConfig
 from MaxDraft.layers.params import flatten
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets import decoder
+from MaxDraft.targets.dims import DecoderDims
+from MaxDraft.targets.feature_source import BatchField, TargetOutputs, TeacherOutputs
+from MaxDraft.targets.table import decoder_params
 
 
 def relative_error(ours, theirs):
@@ -76,13 +74,55 @@ def head_dims(problem):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class GivenTarget:
+    """A feature source whose hidden states stand in the batch; the teacher is made from them."""
+
+    dims: DecoderDims
+    vocab_block: int
+    logit_softcap: float = 0.0
+
+    @property
+    def vocab_size(self):
+        return self.dims.vocab_size
+
+    def params_table(self):
+        return decoder_params(self.dims, (), jnp.float32)
+
+    def batch_fields(self):
+        return {name: BatchField() for name in ("tokens", "aux", "final")}
+
+    def outputs(self, params, batch, teacher_mask):
+        argmax, logsumexp = decoder.full_vocabulary(
+            params, self.dims, batch["final"], teacher_mask, self.vocab_block
+        )
+        return TargetOutputs(
+            decoder.embed(params, batch["tokens"], jnp.float32),
+            batch["aux"],
+            TeacherOutputs(batch["final"], argmax, logsumexp),
+        )
+
+    def teacher_lm_head(self, params, token_ids):
+        return decoder.draft_head_weight(params, token_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenTotals(Eagle3):
+    """EAGLE-3 whose loss is divided by totals that were counted elsewhere."""
+
+    totals: tuple[float, ...]
+
+    def loss_totals(self, in_vocab_loss_mask, config):
+        return jnp.asarray(self.totals, jnp.float32)
+
+
 @dataclasses.dataclass
 class Outcome:
     """What the code under test says of a problem."""
 
-    rows: losses.RowResults  # [K, B, T]
-    aligned: np.ndarray  # bool [K, B, T]
-    counted: np.ndarray  # bool [K, B, T]
+    rows: losses.PositionResults  # [K, B, T]
+    aligned: np.ndarray  # bool [K, B, T], loss_mask
+    counted: np.ndarray  # bool [K, B, T], in_vocab_loss_mask
     sums: dict[str, np.ndarray]
     metrics: dict
     total: float
@@ -90,43 +130,28 @@ class Outcome:
 
 
 @functools.lru_cache
-def _compiled(dims, how, vocab_block, decay, gradients, every_row):
-    def outcome(params, target, batch, draft_ids, inside, aligned, denominators):
-        positions = alignments.teacher_positions(aligned)
-        teacher = Teacher(
-            batch["final"],
-            *decoder.full_vocabulary(
-                target, models.tiny_dims(), batch["final"], positions, vocab_block
-            ),
-        )
-        blocks = Blocks.of(aligned.reshape(len(aligned), -1) | every_row, how.row_block)
-        counted = aligned & losses.teacher_in_vocabulary(teacher.best, inside, how.ttt_length)
-        counts = counted.sum((1, 2)).astype(jnp.float32)
-        denominators = jnp.where(denominators > 0, denominators, counts)
-        weights = losses.row_weights(counted, denominators, decay)
-        embeddings = decoder.embed(target, batch["tokens"], jnp.float32)
-        tokens = Tokens.of(embeddings, batch["aux"], batch["positions"], batch["segments"])
-        judgement = Judgement(
-            teacher=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher),
-            teacher_head=decoder.draft_head_weight(target, draft_ids),
-            target_to_draft=jnp.full(len(inside), -1).at[draft_ids].set(jnp.arange(len(draft_ids))),
-            blocks=blocks,
-            weights=weights.reshape(len(weights), -1),
-        )
+def _compiled(spec, gradients, every_row):
+    def on_device(batch, outputs, params, teacher):
+        inputs, supervision, masks = train_step.device_inputs(spec, batch, outputs, teacher)
+        if every_row:
+            everywhere = jnp.ones_like(masks[0])
+            blocks = PositionBlocks.from_loss_mask(everywhere, spec.rollout.position_block)
+            supervision = dataclasses.replace(supervision, blocks=blocks)
         if gradients:
-            total, gradient, rows = loss_and_gradient(params, dims, tokens, judgement, how)
+            total, gradient, results = training_pass.loss_and_gradient(
+                spec.drafter, params, inputs, supervision, spec.rollout
+            )
         else:
-            rows = judge_rows(params, dims, tokens, judgement, how)
-            total, gradient = (judgement.weights * rows.loss).sum(), None
-        sums = metrics.sums(rows, *(x.reshape(len(x), -1) for x in (aligned, counted)))
-        return (
-            total,
-            gradient,
-            jax.tree.map(lambda x: x.reshape(aligned.shape), rows),
-            aligned,
-            counted,
-            sums,
-        )
+            results = training_pass.evaluate_positions(
+                spec.drafter, params, inputs, supervision, spec.rollout
+            )
+            total, gradient = (supervision.weights * results.loss).sum(), None
+        return total, gradient, results, masks, metrics.sums(results, *masks)
+
+    def outcome(params, frozen, batch):
+        outputs = train_step.target_outputs(spec, frozen, batch)
+        everything = train_step.on_every_device(spec, on_device, PartitionSpec())
+        return everything(batch, outputs, params, train_step.replicated_teacher(spec, frozen))
 
     return jax.jit(outcome)
 
@@ -146,48 +171,50 @@ def run(
     gradients=True,
     every_row=False,
 ):
-    """Rollout, judgement, total and gradients of a problem, in float32.
+    """Rollout, supervision, total and gradients of a problem, in float32.
 
     counts: the denominators [K], where they are taken over more than this batch.
-    gradients: False compiles faster. every_row: rolls out those too that nobody judges.
+    gradients: False compiles faster. every_row: rolls out those too that no step supervises.
     """
     dims, batch = head_dims(problem), problem.batch
-    table = head_params(dims)
-    params = tree_of(table, problem.params.__getitem__)
-    target = {
-        "embed": jnp.asarray(problem.teacher.embedding, jnp.float32),
-        "head": jnp.asarray(problem.teacher.lm_head.T, jnp.float32),
-    }
-    draft_ids = np.arange(len(problem.d2t)) + problem.d2t
-    inside = np.zeros(dims.target_vocab_size, bool)
-    inside[draft_ids] = True
-    turns, segments = jnp.asarray(batch.turns, jnp.int32), jnp.asarray(batch.segments, jnp.int32)
-    aligned = alignments.aligned_rows(turns, segments, steps, alignment)
-    arrays = {
-        "tokens": jnp.asarray(batch.tokens, jnp.int32),
-        "positions": jnp.asarray(batch.positions, jnp.int32),
-        "segments": segments,
-        "aux": jnp.asarray(batch.aux, jnp.float32),
-        "final": jnp.asarray(batch.final, jnp.float32),
-    }
-    if counts is None:
-        counts = np.zeros(steps) if denominator == "supervised" else np.full(steps, turns.size)
-    how = PassDims(steps, loss, row_block, attention_block)
-    compiled = _compiled(dims, how, vocab_block, decay, gradients, every_row)
-    total, gradient, rows, aligned, counted, sums = compiled(
-        params,
-        target,
-        arrays,
-        jnp.asarray(draft_ids, jnp.int32),
-        jnp.asarray(inside),
-        aligned,
-        jnp.asarray(counts, jnp.float32),
+    target_dims = models.tiny_dims(dims.target_vocab_size)
+    spec = train_step.StepSpec(
+        drafter=Eagle3(dims) if counts is None else GivenTotals(dims, tuple(counts)),
+        source=GivenTarget(target_dims, vocab_block),
+        loss=LossConfig(steps, loss, alignment, denominator, decay),
+        rollout=RolloutConfig(row_block, attention_block),
+        mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)),
+        rules=(("draft_batch", ("data",)),),
     )
+    draft_ids = np.arange(len(problem.d2t)) + problem.d2t
+    frozen = train_step.FrozenParams(
+        source={
+            "embed": jnp.asarray(problem.teacher.embedding, jnp.float32),
+            "head": jnp.asarray(problem.teacher.lm_head.T, jnp.float32),
+        },
+        draft_to_target=jnp.asarray(draft_ids, jnp.int32),
+    )
+    integers = {
+        "tokens": batch.tokens,
+        "positions": batch.positions,
+        "segment_ids": batch.segments,
+        "turn_ids": batch.turns,
+    }
+    hidden_states = {"aux": batch.aux, "final": batch.final}
+    arrays = {name: jnp.asarray(x, jnp.int32)[None] for name, x in integers.items()}
+    arrays |= {name: jnp.asarray(x, jnp.float32)[None] for name, x in hidden_states.items()}
+    table = spec.drafter.params_table()
+    params = tree_of(table, problem.params.__getitem__)
+    total, gradient, results, masks, sums = _compiled(spec, gradients, every_row)(
+        params, frozen, arrays
+    )
+    shape = (steps, *batch.turns.shape)
+    aligned, counted = (np.asarray(mask).reshape(shape) for mask in masks)
     sums = {name: np.asarray(value) for name, value in sums.items()}
     return Outcome(
-        rows=jax.tree.map(np.asarray, rows),
-        aligned=np.asarray(aligned),
-        counted=np.asarray(counted),
+        rows=jax.tree.map(lambda x: np.asarray(x).reshape(shape), results),
+        aligned=aligned,
+        counted=counted,
         sums=sums,
         metrics=metrics.finish(sums, decay),
         total=float(total),
@@ -206,7 +233,7 @@ def worst_gradient(ours, theirs):
 def from_rows(rows):
     """Reference rows [K, B, T] as the code's RowResults [K, B * T]."""
     assert isinstance(rows, reference.Rows)
-    return losses.RowResults(
+    return losses.PositionResults(
         loss=jnp.asarray(flat(rows.loss), jnp.float32),
         cross_entropy=jnp.asarray(flat(rows.loss), jnp.float32),
         correct=jnp.asarray(flat(rows.correct)),

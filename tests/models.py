@@ -1,11 +1,17 @@
 """Small random targets and heads for tests."""
 
+import types
+
 import jax.numpy as jnp
 
+from MaxDraft import compile_step
 from MaxDraft.drafts.eagle3 import head as eagle3
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.dims import HeadDims
+from MaxDraft.drafts.eagle3.drafter import Eagle3
 from MaxDraft.layers import params
 from MaxDraft.layers.rope import Rope
+from MaxDraft.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from MaxDraft.run.spec import step_spec
 from MaxDraft.targets.dims import Attention, DecoderDims, Layer, Mlp
 from MaxDraft.targets.table import decoder_params
 
@@ -66,3 +72,18 @@ def random_target(dims: DecoderDims, seed: int = 0):
 
 def random_head(dims: HeadDims, seed: int = 1):
     return params.initialize(eagle3.head_params(dims), seed)
+
+
+def training_programs(config, target, head, mesh, total_steps=10, captured_layers=CAPTURE):
+    """The step's programs as a run has them: TrainingPrograms' fields, evaluate, spec."""
+    spec = step_spec(config, target, captured_layers, Eagle3(head), mesh)
+    settings = OptimizerConfig.from_config(config)
+    schedule = learning_rate_schedule(settings, total_steps)
+    optimizer = make_optimizer(settings, schedule, spec.drafter.params_table())
+    programs = compile_step.training_programs(spec, optimizer, schedule, config.init_weights_seed)
+    return types.SimpleNamespace(
+        **vars(programs),
+        evaluate=compile_step.evaluation_program(spec),
+        batch_shardings=compile_step.batch_shardings(spec),
+        spec=spec,
+    )

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import reference
 
-from MaxDraft.drafts.alignment import aligned_rows
+from MaxDraft.drafts.alignment import loss_mask
 
 
 def rows(layout, steps, alignment):
     """Per step, the marked rows of a one-row layout, as text of 0 and 1 like the layout."""
     turns, segments, _ = reference.read_layout([layout])
-    aligned = aligned_rows(
+    aligned = loss_mask(
         jnp.asarray(turns, jnp.int32), jnp.asarray(segments, jnp.int32), steps, alignment
     )
     return ["".join(str(int(x)) for x in step[0]) for step in np.asarray(aligned)]
@@ -60,9 +60,7 @@ def test_the_rows_of_a_packed_batch_equal_a_scan_of_every_document(alignment):
     layout = [row.replace("|", "", row.count("|") - 5)[-30:].strip("|") for row in layout]
     layout = [row + "." * (40 - len(row.replace("|", ""))) for row in layout]
     turns, segments, _ = reference.read_layout(layout)
-    ours = aligned_rows(
-        jnp.asarray(turns, jnp.int32), jnp.asarray(segments, jnp.int32), 4, alignment
-    )
+    ours = loss_mask(jnp.asarray(turns, jnp.int32), jnp.asarray(segments, jnp.int32), 4, alignment)
     expected = np.zeros_like(ours)
     for b in range(len(turns)):
         for start, end in reference.documents_of(segments[b]):
@@ -78,5 +76,5 @@ def test_the_rows_of_a_packed_batch_equal_a_scan_of_every_document(alignment):
 def test_a_pad_is_never_a_row_wherever_it_stands(alignment):
     turns = jnp.asarray([[0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0]], jnp.int32)
     segments = jnp.asarray([[0, 0, 1, 1, 1, 0, 0, 2, 2, 2, 0]], jnp.int32)
-    aligned = np.asarray(aligned_rows(turns, segments, 7, alignment))
+    aligned = np.asarray(loss_mask(turns, segments, 7, alignment))
     assert not aligned[:, segments == 0].any()

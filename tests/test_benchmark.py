@@ -12,11 +12,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from MaxDraft import benchmark, pyconfig, train_step
+from MaxDraft import benchmark, pyconfig
 from MaxDraft.cost import attention_pairs, compiled_flops
 from MaxDraft.input_pipeline.synthetic import conversations
 from MaxDraft.layers.loops import counted_loop
 from MaxDraft.pyconfig import ConfigError
+from MaxDraft.run import spec as run_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = str(ROOT / "configs" / "base.yml")
@@ -92,7 +93,7 @@ def opened(*changes, tokens="all"):
 def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
     kernel, products, block, monkeypatch, interpreted_kernels
 ):
-    monkeypatch.setattr(train_step, "attention_kernel", lambda *_: kernel)
+    monkeypatch.setattr(run_spec, "attention_kernel", lambda *_: kernel)
     said = opened(
         "ici_fsdp_parallelism=2",
         "ici_tensor_parallelism=4",

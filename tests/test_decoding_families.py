@@ -12,11 +12,11 @@ from harness import relative_error
 
 from MaxDraft.decoding.state import DecodeParams
 from MaxDraft.decoding.target_model import CachedContext, TargetModel
-from MaxDraft.drafts.eagle3.head import HeadDims, head_params
+from MaxDraft.drafts.eagle3.dims import HeadDims, check_captured_layers
+from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.layers import params as parameters
 from MaxDraft.targets import decoder
 from MaxDraft.targets.draft_shape import draft_shape
-from MaxDraft.targets.plan import check_capture
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
 
@@ -38,7 +38,7 @@ DRAFT_VOCABULARY = 50
 @functools.cache
 def target(family):
     dims = dims_from_config(recipe.CONFIGS[family])
-    capture = check_capture((), dims.num_layers)
+    capture = check_captured_layers((), dims.num_layers)
     params = parameters.initialize(decoder_params(dims, capture, jnp.float32), 0)
     return TargetModel(dims, capture, jnp.float32), params
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import reference
 
-from MaxDraft.drafts import losses, metrics
+from MaxDraft.drafts import alignment, losses, metrics
+from MaxDraft.drafts.drafter import LossConfig
+from MaxDraft.drafts.eagle3.drafter import Eagle3
 from MaxDraft.targets import decoder
 
 K, B, T = 4, 6, 30
@@ -44,10 +46,14 @@ def sums_of(rows):
 
 
 def total_of(rows, denominators, decay=0.8):
-    weights = losses.row_weights(
-        jnp.asarray(rows.counted), jnp.asarray(denominators, jnp.float32), decay
-    )
-    return float((weights * rows.loss).sum())
+    weights = loss_weights(rows.counted, jnp.asarray(denominators, jnp.float32), decay)
+    return float((weights * harness.flat(rows.loss)).sum())
+
+
+def loss_weights(counted, totals, decay=0.8):
+    drafter = Eagle3(models.tiny_head_dims(models.tiny_dims(), 7))
+    mask = jnp.asarray(harness.flat(counted))
+    return drafter.loss_weights(mask, totals, LossConfig(decay=decay))
 
 
 def test_metrics_equal_counting():
@@ -115,9 +121,7 @@ def test_steps_without_a_row_count_nothing_and_stay_finite():
         getattr(rows, name)[2:] = False
     ours = metrics.finish(sums_of(rows), 0.8)
     assert ours["acc"][2:] == ours["alpha"][2:] == ours["loss_by_step"][2:] == [0.0, 0.0]
-    weights = losses.row_weights(
-        jnp.asarray(rows.counted), jnp.asarray(rows.counted.sum((1, 2)), jnp.float32), 0.8
-    )
+    weights = loss_weights(rows.counted, jnp.asarray(rows.counted.sum((1, 2)), jnp.float32))
     assert np.isfinite(weights).all()
     assert not weights[2:].any()
 
@@ -127,8 +131,8 @@ def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
     reached = 1000.0
     sums = {name: np.ones(K) for name in metrics.SUMS}
     sums |= {
-        "reached_rows": np.full(K, reached),
-        "reached_correct_rows": reached * np.array(cond_acc),
+        "reached_positions": np.full(K, reached),
+        "reached_correct_positions": reached * np.array(cond_acc),
     }
     expected = 0.0
     for hits in itertools.product([0, 1], repeat=K):
@@ -224,7 +228,7 @@ def test_the_loss_is_logsumexp_minus_the_expected_logit():
 def test_rows_whose_teacher_is_outside_the_vocabulary_are_found_at_the_teachers_position():
     best = jnp.asarray([[4, 0, 1, 4, 2]])
     inside = jnp.asarray([True, True, True, False, False])
-    found = losses.teacher_in_vocabulary(best, inside, 2)
+    found = alignment.teacher_in_vocab(best, inside, 2)
     assert np.asarray(found).astype(int).tolist() == [[[1, 1, 0, 1, 0]], [[1, 0, 1, 0, 0]]]
 
 
@@ -246,13 +250,15 @@ def judged_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
 
 def judged_by_code(given, loss):
     def total(hidden):
-        judge = losses.Judge.of(
+        judge = losses.TeacherTargets.from_logits(
             *(jnp.asarray(given[name], jnp.float32) for name in ("logits", "log_norm")),
             jnp.asarray(given["best"], jnp.int32),
         )
         weights = jnp.asarray(given["weights"], jnp.float32)
         so_far = jnp.ones_like(lm_head)
-        total, *rest = losses.judged(hidden, lm_head, so_far, judge, weights, loss)
+        total, *rest = losses.fused_linear_cross_entropy(
+            hidden, lm_head, so_far, judge, weights, loss
+        )
         return total, rest
 
     hidden, lm_head = (jnp.asarray(given[name], jnp.float32) for name in ("hidden", "lm_head"))

@@ -17,8 +17,8 @@ from MaxDraft.convert.target.checkpoint import (
     unused_tensors,
 )
 from MaxDraft.convert.target.quantized_params import keep_quantized
+from MaxDraft.drafts.eagle3.dims import default_captured_layers
 from MaxDraft.layers.params import Quantized
-from MaxDraft.targets.plan import default_capture
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def table_of(folder):
     dims = dims_from_config(read_config(folder))
-    return decoder_params(dims, default_capture(dims.num_layers), jnp.float32)
+    return decoder_params(dims, default_captured_layers(dims.num_layers), jnp.float32)
 
 
 def unquantized(family, folder):

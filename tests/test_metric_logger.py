@@ -12,11 +12,11 @@ def step(tokens, correct, aligned):
     one = np.ones(2, np.float32)
     return {
         **dict.fromkeys(("loss_sum", "kl_sum", "lk_hybrid_sum", "lk_alpha_sum"), 3 * one),
-        "counted_rows": 2 * one,
-        "aligned_rows": aligned * one,
-        "correct_rows": correct * one,
-        "reached_rows": aligned * one,
-        "reached_correct_rows": correct * one,
+        "in_vocab_positions": 2 * one,
+        "supervised_positions": aligned * one,
+        "correct_positions": correct * one,
+        "reached_positions": aligned * one,
+        "reached_correct_positions": correct * one,
         "alpha_sum": one,
         "tokens": tokens,
         "learning_rate": 0.1,

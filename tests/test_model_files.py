@@ -16,11 +16,11 @@ from jax.sharding import AbstractMesh
 
 from MaxDraft import pyconfig
 from MaxDraft.benchmark import target_dims
-from MaxDraft.drafts.eagle3.head import head_params
-from MaxDraft.head_dims import head_dims
+from MaxDraft.drafts import registry as drafters
+from MaxDraft.drafts.eagle3.dims import default_captured_layers
 from MaxDraft.layers import params
+from MaxDraft.run.spec import drafter_options
 from MaxDraft.sharding import fill_parallelism
-from MaxDraft.targets import plan
 from MaxDraft.targets.table import decoder_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,12 +71,18 @@ def dims(config):
 
 @pytest.fixture
 def target(dims):
-    return decoder_params(dims, plan.default_capture(dims.num_layers), jnp.bfloat16)
+    return decoder_params(dims, default_captured_layers(dims.num_layers), jnp.bfloat16)
 
 
 @pytest.fixture
-def head(config, dims):
-    return head_params(head_dims(config, dims))
+def drafter(config, dims):
+    kind = drafters.drafter_class(config.drafter)
+    return kind.from_options(drafter_options(config), dims)
+
+
+@pytest.fixture
+def head(drafter):
+    return drafter.params_table()
 
 
 def stated(pattern, text):

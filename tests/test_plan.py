@@ -2,9 +2,10 @@
 
 import pytest
 
+from MaxDraft.drafts.eagle3.dims import check_captured_layers, default_captured_layers
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import Attention, Layer, Mlp, TargetError
-from MaxDraft.targets.plan import check_capture, default_capture, runs
+from MaxDraft.targets.plan import runs
 
 ROPE = Rope(theta=10000.0, rotary_dim=8)
 
@@ -53,10 +54,10 @@ def test_every_layer_stands_in_one_run_and_in_order(kinds, capture):
 
 
 def test_the_default_layers_are_those_of_eagle3():
-    assert default_capture(32) == (1, 15, 28)
-    assert default_capture(28) == (1, 13, 24)
-    assert check_capture((), 32) == (1, 15, 28)
-    assert check_capture([0, 2, 5], 6) == (0, 2, 5)
+    assert default_captured_layers(32) == (1, 15, 28)
+    assert default_captured_layers(28) == (1, 13, 24)
+    assert check_captured_layers((), 32) == (1, 15, 28)
+    assert check_captured_layers([0, 2, 5], 6) == (0, 2, 5)
 
 
 @pytest.mark.parametrize(
@@ -74,4 +75,4 @@ def test_the_default_layers_are_those_of_eagle3():
 )
 def test_captured_layers_that_collide_or_do_not_exist_are_an_error(capture, layers, named):
     with pytest.raises(TargetError, match=named):
-        check_capture(capture, layers)
+        check_captured_layers(capture, layers)

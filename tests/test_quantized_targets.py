@@ -23,8 +23,8 @@ from MaxDraft.convert.target.checkpoint import (
     unused_tensors,
 )
 from MaxDraft.convert.target.quantized_params import keep_quantized
+from MaxDraft.drafts.eagle3.dims import default_captured_layers
 from MaxDraft.targets import decoder
-from MaxDraft.targets.plan import default_capture
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
 
@@ -79,7 +79,7 @@ def folders(request, tmp_path_factory):
 
 def table_of(folder):
     dims = dims_from_config(read_config(folder))
-    return dims, decoder_params(dims, default_capture(dims.num_layers), jnp.float32)
+    return dims, decoder_params(dims, default_captured_layers(dims.num_layers), jnp.float32)
 
 
 def logits_of(folder, keep=False):
@@ -97,7 +97,7 @@ def logits_of(folder, keep=False):
             positions,
             positions * 0,
             dims,
-            default_capture(dims.num_layers),
+            default_captured_layers(dims.num_layers),
             jnp.float32,
             16,
         )

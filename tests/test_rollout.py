@@ -233,7 +233,7 @@ def test_a_teacher_argmax_outside_the_draft_vocabulary_is_wrong_but_not_trained_
     assert max(ours.metrics["alpha"]) < 1e-6
     # Without the component, some rows are inside and some outside: both kinds are aligned.
     mixed = harness.run(given, 3)
-    assert 0 < mixed.sums["counted_rows"][0] < mixed.sums["aligned_rows"][0]
+    assert 0 < mixed.sums["in_vocab_positions"][0] < mixed.sums["supervised_positions"][0]
     assert mixed.metrics["acc"][0] == pytest.approx(
-        mixed.sums["correct_rows"][0] / mixed.sums["aligned_rows"][0]
+        mixed.sums["correct_positions"][0] / mixed.sums["supervised_positions"][0]
     )

@@ -17,7 +17,8 @@ from models import CAPTURE, random_head, random_target, tiny_dims, tiny_head_dim
 from MaxDraft.decoding.acceptance import accept_sampled
 from MaxDraft.decoding.state import DecodeParams
 from MaxDraft.decoding.target_model import CachedContext, TargetModel
-from MaxDraft.drafts.alignment import aligned_rows
+from MaxDraft.drafts.alignment import loss_mask
+from MaxDraft.drafts.drafter import DraftInputs
 from MaxDraft.drafts.eagle3 import decoding as eagle3_decoding
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
@@ -47,10 +48,9 @@ def _rollout_logits(target_params, head_params, tokens, steps):
     embeddings, features, _ = decoder.features(
         target_params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, block=8
     )
-    states = rollout_everywhere(
-        head_params, HEAD, embeddings, features, positions, segments, steps, block=8
-    )
-    return jnp.stack([eagle3.logits(head_params, HEAD, state)[0] for state in states])
+    inputs = DraftInputs.from_rows(embeddings, features, positions, segments)
+    states = rollout_everywhere(head_params, HEAD, inputs, steps, block=8)
+    return jnp.stack([eagle3.logits(head_params, HEAD, state) for state in states])
 
 
 @pytest.mark.parametrize("acceptance", ["none", "some", "all"])
@@ -63,7 +63,7 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
     turn_ids = np.zeros((1, length), np.int32)
     turn_ids[0, start:end] = 1
     aligned = np.asarray(
-        aligned_rows(jnp.asarray(turn_ids), jnp.ones((1, length), jnp.int32), steps, "serving")
+        loss_mask(jnp.asarray(turn_ids), jnp.ones((1, length), jnp.int32), steps, "serving")
     )[:, 0]
 
     target = TargetModel(TARGET, CAPTURE, jnp.float32)

@@ -12,14 +12,15 @@ import yaml
 from jax.sharding import NamedSharding, PartitionSpec
 
 from MaxDraft import pyconfig, sharding
-from MaxDraft.drafts.eagle3.head import HeadDims, head_params
+from MaxDraft.drafts.eagle3.dims import HeadDims
+from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Param
 from MaxDraft.layers.rope import Rope
 from MaxDraft.sharding import ShardingError, axis_rules, constrain
 from MaxDraft.targets import decoder
 from MaxDraft.targets.table import decoder_params
-from MaxDraft.train_step import Frozen, make_programs
+from MaxDraft.train_step import FrozenParams
 
 BASE = yaml.safe_load((Path(__file__).parents[1] / "configs" / "base.yml").read_text())
 RULES = BASE["logical_axis_rules"]
@@ -73,15 +74,15 @@ def step_on(layout, devices=8):
         ]
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(layout), AXES)
-    built = make_programs(config, TARGET, HEAD, CAPTURE, mesh, 10)
+    built = models.training_programs(config, TARGET, HEAD, mesh, captured_layers=CAPTURE)
     head, target = initial()
     draft_ids = np.arange(0, V, 2, dtype=np.int32)
-    frozen = Frozen(
+    frozen = FrozenParams(
         jax.device_put(target, parameters.shardings(TABLES[1], mesh, RULES)),
         jnp.asarray(draft_ids),
     )
     batch = {name: x[None] for name, x in batch_of_two_documents_a_row().items()}
-    batch = jax.device_put(batch, built.batch_sharding)
+    batch = jax.device_put(batch, built.batch_shardings)
     state = built.initialize(head)
     sums = built.evaluate(state.params, frozen, batch)
     state, found = built.train(state, frozen, batch)
@@ -94,7 +95,7 @@ def step_on(layout, devices=8):
 def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
     # Moments are linear and quadratic in the gradient: they compare gradients without a division.
     expected = step_on((1, 1, 1, 1), devices=1)
-    assert (expected[2]["counted_rows"] > 0).all()
+    assert (expected[2]["in_vocab_positions"] > 0).all()
     for mine, theirs in zip(
         jax.tree.leaves(step_on(LAYOUTS[layout])), jax.tree.leaves(expected), strict=True
     ):

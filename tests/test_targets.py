@@ -13,11 +13,11 @@ from goldens import recipe, switches
 from models import exact_power
 
 from MaxDraft.convert.target.checkpoint import load_target, read_config, unused_tensors
+from MaxDraft.drafts.eagle3.dims import check_captured_layers
 from MaxDraft.layers import params
 from MaxDraft.layers import rope as rotary
 from MaxDraft.targets import decoder, hf_config
 from MaxDraft.targets.dims import TargetError
-from MaxDraft.targets.plan import check_capture
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
 
@@ -100,7 +100,7 @@ _outputs = {}
 def our_row(folder, dims, tokens, segments=None, positions=None, *, block):
     """logits [T, V] and features [T, 3, H] of one packed row, the weights read from the files."""
     length = len(tokens)
-    capture = check_capture((), dims.num_layers)
+    capture = check_captured_layers((), dims.num_layers)
     weights = load_target(folder, decoder_params(dims, capture, jnp.float32))
     row = [
         jnp.asarray(x, jnp.int32)[None]
@@ -204,7 +204,7 @@ def test_every_tensor_of_a_live_checkpoint_is_read_and_no_other(name, checkpoint
     shapes = make_goldens.tensor_shapes(name)
     assert shapes == golden(name)[1]
     dims = dims_from_config(recipe.CONFIGS[name])
-    table = decoder_params(dims, check_capture((), dims.num_layers))
+    table = decoder_params(dims, check_captured_layers((), dims.num_layers))
     text = [
         math.prod(shape)
         for tensor, shape in shapes.items()

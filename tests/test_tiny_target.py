@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from MaxDraft.drafts.eagle3.dims import check_captured_layers, default_captured_layers
 from MaxDraft.layers import params as parameters
-from MaxDraft.targets import plan, registry
+from MaxDraft.targets import registry
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target import build, corpus, tokenizer, train_target
 from MaxDraft.tiny_target.build import ensure_tiny_target
@@ -173,14 +174,14 @@ def test_the_config_suits_every_engine(made):
     assert config["num_key_value_heads"] >= 2
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     layers = config["num_hidden_layers"]
-    assert plan.check_capture((), layers) == (1, layers // 2 - 1, layers - 4)
+    assert check_captured_layers((), layers) == (1, layers // 2 - 1, layers - 4)
 
 
 def test_the_weights_are_all_there_under_their_names(made):
     config = json.loads((made[0].target_path / "config.json").read_text())
     tensors = safetensors.numpy.load_file(made[0].target_path / "model.safetensors")
     dims = registry.dims_from_config(config)
-    table = decoder_params(dims, plan.default_capture(dims.num_layers))
+    table = decoder_params(dims, default_captured_layers(dims.num_layers))
     expected = {
         param.tensor.format(layer=layer): param.shape[::-1] if param.transposed else param.shape
         for _, param in parameters.flatten(table)

@@ -14,11 +14,11 @@ from models import ROPE
 
 from MaxDraft.cost import flops
 from MaxDraft.cost.traced_flops import count
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.dims import HeadDims, check_captured_layers
+from MaxDraft.drafts.eagle3.drafter import Eagle3
 from MaxDraft.layers import params as parameters
 from MaxDraft.targets import decoder
 from MaxDraft.targets.dims import Attention
-from MaxDraft.targets.plan import check_capture
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
 
@@ -152,7 +152,7 @@ def test_products_that_run_who_knows_how_often_are_an_error():
 def test_the_targets_model_flops_are_those_of_its_traced_program(family):
     # Counted by hand, attention is the causal half; the program has one block, the whole row.
     dims = dims_from_config(recipe.CONFIGS[family])
-    capture, length = check_capture((), dims.num_layers), 64
+    capture, length = check_captured_layers((), dims.num_layers), 64
     wide = dataclasses.replace(
         dims,
         layers=tuple(
@@ -162,7 +162,7 @@ def test_the_targets_model_flops_are_those_of_its_traced_program(family):
             for layer in dims.layers
         ),
     )
-    head = HeadDims(64, 64, 4, 2, 16, 50, 200, 1e-6, ROPE)
+    head = Eagle3(HeadDims(64, 64, 4, 2, 16, 50, 200, 1e-6, ROPE))
     parts = flops.per_token(wide, head, 1, length)
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
 

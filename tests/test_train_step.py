@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CAPTURE, llama, random_head, random_target, tiny_dims, tiny_head_dims
+from models import llama, random_head, random_target, tiny_dims, tiny_head_dims, training_programs
 
-from MaxDraft import pyconfig, sharding, train_step
+from MaxDraft import pyconfig, sharding
 from MaxDraft.cost import flops
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.dims import HeadDims
+from MaxDraft.drafts.eagle3.drafter import Eagle3
 from MaxDraft.layers.rope import Rope
-from MaxDraft.train_step import Frozen, make_programs
+from MaxDraft.run import spec as run_spec
+from MaxDraft.train_step import FrozenParams
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = tiny_dims()
@@ -43,12 +45,12 @@ def programs(settings, devices=1, total_steps=10):
         np.array(jax.devices()[:devices]).reshape(1, devices, 1, 1),
         ("data", "fsdp", "expert", "tensor"),
     )
-    return make_programs(settings, TARGET, HEAD, CAPTURE, mesh, total_steps)
+    return training_programs(settings, TARGET, HEAD, mesh, total_steps)
 
 
 def frozen(**changes):
     target = random_target(TARGET) | changes
-    return Frozen(target, jnp.asarray(IDS))
+    return FrozenParams(target, jnp.asarray(IDS))
 
 
 def rows(count=4):
@@ -105,7 +107,7 @@ def test_eight_devices_take_the_same_step_as_one():
     found = eight.train(
         eight.initialize(random_head(HEAD)),
         frozen(),
-        jax.device_put(split(batch, 1), eight.batch_sharding),
+        jax.device_put(split(batch, 1), eight.batch_shardings),
     )
     close(found[1], expected[1])
     # Moments are linear and quadratic in the gradient: they compare gradients without a division.
@@ -166,7 +168,7 @@ def test_the_acceptance_losses_raise_alpha(loss):
     state, alphas = built.initialize(None), []
     for _ in range(30):
         state, result = built.train(state, frozen(), split(rows(), 2))
-        alphas.append(float((result["alpha_sum"] / result["aligned_rows"])[0]))
+        alphas.append(float((result["alpha_sum"] / result["supervised_positions"])[0]))
     assert alphas[-1] > alphas[0] + 0.1
 
 
@@ -199,7 +201,7 @@ def test_training_on_one_batch_lowers_its_loss():
 def test_the_step_is_compiled_once(devices):
     built = programs(config(), devices)
     batch = {name: np.concatenate([x, x]) for name, x in rows().items()}
-    batch = jax.device_put(split(batch, 1), built.batch_sharding)
+    batch = jax.device_put(split(batch, 1), built.batch_shardings)
     state, weights = built.initialize(None), frozen()
     for _ in range(3):
         state, _ = built.train(state, weights, batch)
@@ -214,15 +216,15 @@ def test_evaluation_pools_the_same_sums_as_the_training_step():
     close(evaluated, {name: trained[name] for name in evaluated})
 
 
-def test_the_kernels_give_the_same_step(monkeypatch):
+def test_the_kernels_give_the_same_step(monkeypatch, interpreted_kernels):
     steps = []
-    for kernel, block in (("xla", 8), ("tpu_interpreted", 8), ("gpu_interpreted", 16)):
-        monkeypatch.setattr(train_step, "attention_kernel", lambda *_, kernel=kernel: kernel)
+    for kernel, block in (("xla", 8), ("tpu", 8), ("gpu", 16)):
+        monkeypatch.setattr(run_spec, "attention_kernel", lambda *_, kernel=kernel: kernel)
         keys = "rollout_block_size=8", f"attention_block_size={block}"
         built = programs(config(*keys), devices=2)
         state, batch = built.initialize(random_head(HEAD)), split(rows(), 1)
-        seen = built.parts.target(frozen(), batch)
-        steps.append((seen, *built.parts.draft(state, batch, seen, frozen())))
+        outputs = built.target(frozen(), batch)
+        steps.append((outputs, *built.draft(state.params, frozen(), batch, outputs)))
     for other in steps[1:]:
         close(steps[0], other)
 
@@ -233,9 +235,9 @@ def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
     for dtype in ("float32", "bfloat16"):
         built = programs(config(f"dtype={dtype}"))
         state, batch = built.initialize(random_head(HEAD)), split(rows(), 1)
-        seen = built.parts.target(frozen(), batch)
-        assert seen.features.dtype == jnp.dtype(dtype)
-        gradient, loss, _ = built.parts.draft(state, batch, seen, frozen())
+        outputs = built.target(frozen(), batch)
+        assert outputs.aux_hidden_states.dtype == jnp.dtype(dtype)
+        loss, gradient, _ = built.draft(state.params, frozen(), batch, outputs)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
         flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
         gradients.append((float(loss), flat))
@@ -254,9 +256,9 @@ def test_pallas_where_no_kernel_is_is_an_error_that_says_what_to_write(platform)
     for size in ("8", "192", "1024"):
         wrong = config("attention=pallas", f"attention_block_size={size}")
         with pytest.raises(pyconfig.ConfigError, match=f"128, 256 or 512, and it is {size}"):
-            train_step.attention_kernel(wrong, mesh)
+            run_spec.attention_kernel(wrong, mesh)
     right = config("attention=pallas", "attention_block_size=256")
-    assert train_step.attention_kernel(right, mesh) == platform
+    assert run_spec.attention_kernel(right, mesh) == platform
 
 
 def test_no_intermediate_holds_every_logit_or_every_attention_score():
@@ -284,7 +286,7 @@ def test_flops_are_those_of_the_published_cost_table():
     rope = Rope(5e5, 128)
     parts = flops.per_token(
         llama(128256, 4096, 14336, 32, 32, 8, 128, rope),
-        HeadDims(4096, 14336, 32, 8, 128, 32000, 128256, 1e-5, rope),
+        Eagle3(HeadDims(4096, 14336, 32, 8, 128, 32000, 128256, 1e-5, rope)),
         7,
         2048,
     )

@@ -14,7 +14,7 @@ import math
 
 import jax
 
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.drafter import Drafter
 from MaxDraft.layers.params import Param
 from MaxDraft.targets.dims import (
     MLA,
@@ -29,29 +29,21 @@ from MaxDraft.targets.table import decoder_params
 
 def per_token(
     target: DecoderDims,
-    head: HeadDims,
+    drafter: Drafter,
     ttt_length: int,
     length: float,
-    judged: float = 1.0,
+    supervised_share: float = 1.0,
 ) -> dict[str, float]:
-    """FLOPs of each part for one token of a document of `length` tokens.
+    """FLOPs of each part of a training step for one token of a document of `length` tokens.
 
-    judged: share of the tokens whose row some step of the rollout judges.
+    supervised_share: of the tokens, those that some step of the rollout supervises; the target's
+    vocabulary is needed for their teachers only.
     """
-    H = target.hidden_size
-    draft_q, draft_kv = head.num_heads * head.head_dim, head.num_kv_heads * head.head_dim
-    shared = 2 * 2 * H * 2 * draft_kv
-    of_a_row = 2 * (2 * H * draft_q + draft_q * H + 3 * H * head.intermediate_size)
-    later_steps = judged * (ttt_length - 1)
-    rows = judged + later_steps
     return {
         "target layers": _products(target),
         "target attention": sum(_mixing(layer, length) for layer in target.layers),
-        "target LM head": judged * 2 * H * target.vocab_size,
-        "fc": 2 * 2 * 3 * H * H,  # the features are frozen: no gradient flows into them
-        "draft layer": 3 * (rows * of_a_row + (1 + later_steps) * shared),
-        "draft attention": 3 * rows * 2 * 2 * draft_q * length / 2,
-        "draft LM head": 3 * rows * 2 * H * head.draft_vocab_size,
+        "target LM head": supervised_share * 2 * target.hidden_size * target.vocab_size,
+        **drafter.flops_per_token(ttt_length, length, supervised_share),
     }
 
 

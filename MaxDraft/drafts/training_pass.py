@@ -1,13 +1,13 @@
-"""Loss, gradient and metrics of the tokens of one device: a block of rows at a time.
+"""Loss, gradient and metrics of the tokens of one device: a block of positions at a time.
 
-    every token     fc, step-0 key and value                                    (first_step)
-    block of rows   the rows that are judged at some step, as they come, R at a time:
-                    rollout of K steps -> loss -> gradient of everything the block read
-    every token     the gradients of step-0 states, keys and values go back to fc, k and v
+    every token           step-0 state, keys and values                        (drafter.per_token)
+    block of positions    those that some step supervises, R at a time:
+                          K drafts -> loss -> gradient of everything the block read
+    every token           the gradients of states, keys and values go back to the parameters
 
-Rows that nobody judges are never rolled out: the judged ones are put first, and the loop ends with
-the last of them. The work is that of the judged rows, rounded up to a block, whatever share of the
-batch they are; nothing can overflow. Activations exist for one block.
+Positions that no step supervises are never drafted from: the supervised ones are put first, and
+the loop ends with the last of them. The work is that of the supervised positions, rounded up to a
+block, whatever share of the batch they are; nothing can overflow. Activations exist for one block.
 """
 
 from __future__ import annotations
@@ -17,187 +17,232 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.drafts.eagle3 import head as eagle3
-from MaxDraft.drafts.eagle3.head import HeadDims
-from MaxDraft.drafts.eagle3.rollout import Tokens, first_step, rollout
-from MaxDraft.drafts.losses import Judge, RowResults, Teacher, judged
+from MaxDraft.drafts.drafter import Drafter, DraftInputs
+from MaxDraft.drafts.losses import PositionResults, TeacherTargets, fused_linear_cross_entropy
 from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.loops import counted_loop
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.layers.params import Tree
+from MaxDraft.targets.feature_source import TeacherOutputs
 
 
 @dataclasses.dataclass(frozen=True)
-class PassDims:
-    """How the pass computes."""
+class RolloutConfig:
+    """How the pass computes; none of it changes what is computed."""
 
-    ttt_length: int  # K
-    loss: str  # one of losses.LOSSES
-    row_block: int  # R, rows rolled out at a time
-    attention_block: int  # rows and keys attended at a time
+    position_block: int = 512  # R, positions drafted from at a time
+    attention_block: int = 256  # queries and keys attended at a time
     attention_kernel: str = "xla"  # one of attention.IMPLEMENTATIONS
-    softcap: float = 0.0  # of the target's logits; 0: none
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Judgement:
-    """What rows are judged by, L tokens laid end to end."""
+class ReplicatedTeacher:
+    """What turns hidden states into the teacher of the draft vocabulary, whole on every device."""
 
-    teacher: Teacher  # [L, ...]
-    teacher_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
+    lm_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
     target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
-    blocks: Blocks  # of the rows that are judged
+    logit_softcap: float = dataclasses.field(metadata={"static": True})  # the target's; 0: none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Supervision:
+    """What supervises the L tokens of a device, laid end to end."""
+
+    outputs: TeacherOutputs  # [L, ...]
+    teacher: ReplicatedTeacher
+    blocks: PositionBlocks  # of the positions that some step supervises
     weights: jax.Array  # float32 [K, L] what the loss of each counts in the total, 0: nothing
+    loss: str = dataclasses.field(metadata={"static": True})  # one of losses.LOSSES
 
 
-def judge_rows(
-    params: Tree, dims: HeadDims, tokens: Tokens, judgement: Judgement, how: PassDims
-) -> RowResults:
-    """-> results [K, L] of the judged rows; zeros elsewhere."""
-    state, k, v = first_step(params, dims, tokens)
-    keys = Keys.from_arrays(k, v, how.attention_block, tokens.length, how.attention_kernel)
-    blocks = judgement.blocks
+def evaluate_positions(
+    drafter: Drafter,
+    params: Tree,
+    inputs: DraftInputs,
+    supervision: Supervision,
+    config: RolloutConfig,
+) -> PositionResults:
+    """-> results [K, L] of the supervised positions; zeros elsewhere."""
+    state, keys_values = drafter.per_token(params, inputs)
+    keys = _blocked_keys(keys_values, inputs, config)
+    blocks = supervision.blocks
 
     def of_block(i, results):
-        rows = blocks.rows(i)
-        given = (keys, tokens, judgement, i, dims, how)
-        _, (found, _), _ = _block(params, _at(state, rows), None, None, *given)
-        return _put(results, rows, found)
+        positions = blocks.positions(i)
+        _, (of_positions, _), _ = _block_loss(
+            drafter, params, _at(state, positions), keys, None, None, inputs, supervision, i
+        )
+        return _put(results, positions, of_positions)
 
-    return blocks.over(of_block, _nothing(judgement.weights))
+    return blocks.for_each(of_block, _no_results(supervision.weights))
 
 
 def loss_and_gradient(
-    params: Tree, dims: HeadDims, tokens: Tokens, judgement: Judgement, how: PassDims
-) -> tuple[jax.Array, Tree, RowResults]:
-    """-> sum of weights * loss, its gradient, float32 like params, and what judge_rows gives."""
-    (state, k, v), pull_back = jax.vjp(lambda params: first_step(params, dims, tokens), params)
-    keys = Keys.from_arrays(k, v, how.attention_block, tokens.length, how.attention_kernel)
-    blocks = judgement.blocks
+    drafter: Drafter,
+    params: Tree,
+    inputs: DraftInputs,
+    supervision: Supervision,
+    config: RolloutConfig,
+) -> tuple[jax.Array, Tree, PositionResults]:
+    """-> sum of weights * loss, its gradient, float32 like params, and the positions' results."""
+    (state, keys_values), pull_back = jax.vjp(
+        lambda params: drafter.per_token(params, inputs), params
+    )
+    keys = _blocked_keys(keys_values, inputs, config)
+    blocks = supervision.blocks
 
     def of_block(i, carry):
-        loss, gradient, d_head, d_state, d_keys, results = carry
-        rows = blocks.rows(i)
+        loss, gradient, d_lm_head, d_state, d_keys, results = carry
+        positions = blocks.positions(i)
 
         def block(params, state, d_keys):
-            given = (keys, tokens, judgement, i, dims, how)
-            loss, aux, d_keys = _block(params, state, d_keys, d_head, *given)
+            loss, aux, d_keys = _block_loss(
+                drafter, params, state, keys, d_keys, d_lm_head, inputs, supervision, i
+            )
             return (loss, d_keys), aux
 
-        (added, _), block_pull_back, (found, d_head) = jax.vjp(
-            block, params, _at(state, rows), d_keys, has_aux=True
+        (block_loss, _), block_pull_back, (of_positions, d_lm_head) = jax.vjp(
+            block, params, _at(state, positions), d_keys, has_aux=True
         )
         # The keys' gradient is handed through the block, which adds its own.
-        d_params, d_rows, d_keys = block_pull_back((jnp.ones_like(added), d_keys))
+        d_params, d_state_block, d_keys = block_pull_back((jnp.ones_like(block_loss), d_keys))
         return (
-            loss + added,
-            _add_layer(gradient, d_params),
-            d_head,
-            d_state.at[_place(rows, state)].set(d_rows, mode="drop"),
+            loss + block_loss,
+            _add_all_but_lm_head(gradient, d_params),
+            d_lm_head,
+            d_state.at[_write_index(positions, state)].set(d_state_block, mode="drop"),
             d_keys,
-            _put(results, rows, found),
+            _put(results, positions, of_positions),
         )
 
     # Blocks' gradients are added up in float32.
     zeros = jax.tree.map(jnp.zeros_like, params)
-    d_head, layer = zeros["lm_head"], {**zeros, "lm_head": None}
-    results = _nothing(judgement.weights)
-    carry = (jnp.float32(0), layer, d_head, jnp.zeros_like(state), keys.zeros(), results)
-    loss, layer, d_head, d_state, d_keys, results = blocks.over(of_block, carry)
-    d_k, d_v = (x.astype(k.dtype) for x in d_keys.arrays(len(state)))
-    [d_params] = pull_back((d_state, d_k, d_v))
-    return loss, {**_add_layer(layer, d_params), "lm_head": d_head}, results
+    d_lm_head = zeros.pop("lm_head") if drafter.trains_lm_head else None
+    carry = (
+        jnp.float32(0),
+        zeros,
+        d_lm_head,
+        jnp.zeros_like(state),
+        tuple(layer.zeros() for layer in keys),
+        _no_results(supervision.weights),
+    )
+    loss, gradient, d_lm_head, d_state, d_keys, results = blocks.for_each(of_block, carry)
+    d_keys_values = tuple(
+        tuple(d.astype(x.dtype) for d, x in zip(layer.arrays(len(state)), like, strict=True))
+        for layer, like in zip(d_keys, keys_values, strict=True)
+    )
+    [d_params] = pull_back((d_state, d_keys_values))
+    gradient = _add_all_but_lm_head(gradient, d_params)
+    if drafter.trains_lm_head:
+        gradient = {**gradient, "lm_head": d_lm_head}
+    return loss, gradient, results
 
 
-def _add_layer(total: Tree, gradient: Tree) -> Tree:
-    """Of all parameters but the LM head, whose gradient the loss makes itself."""
-    return jax.tree.map(jnp.add, total, {**gradient, "lm_head": None})
+def _blocked_keys(keys_values, inputs: DraftInputs, config: RolloutConfig) -> tuple[Keys, ...]:
+    return tuple(
+        Keys.from_arrays(k, v, config.attention_block, inputs.row_length, config.attention_kernel)
+        for k, v in keys_values
+    )
 
 
-def _block(
+def _add_all_but_lm_head(total: Tree, gradient: Tree) -> Tree:
+    """The loss itself adds up the LM head's gradient, which autodiff is not told of."""
+    gradient = {name: part for name, part in gradient.items() if name != "lm_head"}
+    return jax.tree.map(jnp.add, total, gradient)
+
+
+def _block_loss(
+    drafter: Drafter,
     params: Tree,
     state: jax.Array,  # [R, H]
-    d_keys: Keys | None,  # so far, see interval_attention
-    d_head: jax.Array | None,  # so far, see losses.judged
-    keys: Keys,
-    tokens: Tokens,
-    judgement: Judgement,
+    keys: tuple[Keys, ...],
+    d_keys: tuple[Keys, ...] | None,  # so far, see attention.interval_attention
+    d_lm_head: jax.Array | None,  # so far, see losses.fused_linear_cross_entropy
+    inputs: DraftInputs,
+    supervision: Supervision,
     i: jax.Array,
-    dims: HeadDims,
-    how: PassDims,
-) -> tuple[jax.Array, tuple[RowResults, jax.Array | None], Keys | None]:
-    """Loss of block i, the results of its rows [K, R], d_head, d_keys."""
-    blocks = judgement.blocks
-    rows = blocks.rows(i)
-    states, d_keys = rollout(params, dims, state, keys, d_keys, tokens, rows, how.ttt_length)
-    # Row i is judged at step 0 by the teacher at position i + 1.
-    positions = blocks.rows(i, behind=how.ttt_length - 1) + 1
-    teacher = jax.tree.map(lambda x: _at(x, positions), judgement.teacher)
+) -> tuple[jax.Array, tuple[PositionResults, jax.Array | None], tuple[Keys, ...] | None]:
+    """Loss of block i, the results of its positions [K, R] with d_lm_head, and d_keys."""
+    positions = supervision.blocks.positions(i)
+    K, teacher = len(supervision.weights), supervision.teacher
+    hidden, d_keys = drafter.draft_block(params, state, keys, d_keys, inputs, positions, K)
+    loss, results, d_lm_head = fused_linear_cross_entropy(
+        hidden,
+        params["lm_head"] if drafter.trains_lm_head else teacher.lm_head,
+        d_lm_head,
+        _teacher_targets(supervision, i),
+        jnp.where(positions >= 0, supervision.weights[:, positions], 0.0),
+        supervision.loss,
+    )
+    return loss, (results, d_lm_head), d_keys
+
+
+def _teacher_targets(supervision: Supervision, i: jax.Array) -> TeacherTargets:
+    """Teachers of the R positions of block i, and of the K - 1 supervised ones that follow."""
+    K, teacher = len(supervision.weights), supervision.teacher
+    # The teacher of position i at step 0 stands at i + 1.
+    places = supervision.blocks.positions(i, followers=K - 1) + 1
+    outputs = jax.tree.map(lambda x: _at(x, places), supervision.outputs)
     logits = jnp.matmul(
-        teacher.last,
-        judgement.teacher_head.astype(teacher.last.dtype),
+        outputs.last_hidden_state,
+        teacher.lm_head.astype(outputs.last_hidden_state.dtype),
         preferred_element_type=jnp.float32,
     )
-    best = judgement.target_to_draft[teacher.best]
-    judge = Judge.of(soft_cap(logits, how.softcap), teacher.log_norm, best)
-    loss, results, d_head = judged(
-        eagle3.head_input(params, dims, states),
-        params["lm_head"],
-        d_head,
-        judge,
-        jnp.where(rows >= 0, judgement.weights[:, rows], 0.0),
-        how.loss,
+    return TeacherTargets.from_logits(
+        soft_cap(logits, teacher.logit_softcap),
+        outputs.logsumexp,
+        teacher.target_to_draft[outputs.argmax],
     )
-    return loss, (results, d_head), d_keys
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Rows that some step judges, in order, R at a time."""
+class PositionBlocks:
+    """Positions that some step supervises, in order, R at a time."""
 
-    order: jax.Array  # int32 [blocks * R + K - 1]: places in 0..L-1; -1 behind the last
-    count: jax.Array  # int32: blocks with a row
+    order: jax.Array  # int32 [blocks * R + K - 1]: places in 0..L-1; -1 past the last
+    count: jax.Array  # int32: blocks that hold a position
     size: int = dataclasses.field(metadata={"static": True})  # R
-    most: int = dataclasses.field(metadata={"static": True})  # blocks, were every row judged
+    max_count: int = dataclasses.field(metadata={"static": True})  # were every token supervised
 
     @classmethod
-    def of(cls, aligned: jax.Array, row_block: int) -> Blocks:
-        """aligned bool [K, L]"""
-        K, length = aligned.shape
-        size = min(row_block, length)
-        order = jnp.nonzero(aligned.any(0), size=length, fill_value=-1)[0].astype(jnp.int32)
+    def from_loss_mask(cls, loss_mask: jax.Array, size: int) -> PositionBlocks:
+        """loss_mask bool [K, L]; size: R, at most L."""
+        K, length = loss_mask.shape
+        size = min(size, length)
+        order = jnp.nonzero(loss_mask.any(0), size=length, fill_value=-1)[0].astype(jnp.int32)
         count = -(-(order >= 0).sum() // size)
         order = jnp.pad(order, (0, -length % size + K - 1), constant_values=-1)
         return cls(order, count, size, -(-length // size))
 
-    def rows(self, i: jax.Array, behind: int = 0) -> jax.Array:
-        """Those of block i, and so many behind them."""
-        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size + behind)
+    def positions(self, i: jax.Array, followers: int = 0) -> jax.Array:
+        """int32 [R + followers]: those of block i, and so many supervised ones that follow."""
+        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size + followers)
 
-    def over(self, body, carry):
-        """carry = body(i, carry) for every block with a row."""
-        return counted_loop("rollout_blocks", 0, self.count, body, carry, self.most)
-
-
-def _at(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """x[rows], of the last one where rows end and of any where there is none."""
-    return x[jnp.clip(rows, 0, len(x) - 1)]
+    def for_each(self, body, carry):
+        """carry = body(i, carry) for every block that holds a position."""
+        return counted_loop("rollout_blocks", 0, self.count, body, carry, self.max_count)
 
 
-def _place(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Where to write rows of x: -1 is behind its end, where writing is dropped."""
-    return jnp.where(rows < 0, len(x), rows)
+def _at(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """x[positions]. -1 reads the first, places past the end the last: their weight is zero."""
+    return x[jnp.clip(positions, 0, len(x) - 1)]
 
 
-def _nothing(weights: jax.Array) -> RowResults:
+def _write_index(positions: jax.Array, x: jax.Array) -> jax.Array:
+    """Where to write positions of x: -1 becomes the index past the end, where mode="drop" drops."""
+    return jnp.where(positions < 0, len(x), positions)
+
+
+def _no_results(weights: jax.Array) -> PositionResults:
     zeros = jnp.zeros_like(weights)
-    return RowResults(zeros, zeros, zeros.astype(bool), zeros)
+    return PositionResults(zeros, zeros, zeros.astype(bool), zeros)
 
 
-def _put(results: RowResults, rows: jax.Array, found: RowResults) -> RowResults:
-    place = _place(rows, results.loss[0])
-    return jax.tree.map(
-        lambda x, new: x.at[: len(new), place].set(new, mode="drop"), results, found
-    )
+def _put(
+    results: PositionResults, positions: jax.Array, of_positions: PositionResults
+) -> PositionResults:
+    place = _write_index(positions, results.loss[0])
+    return jax.tree.map(lambda x, new: x.at[:, place].set(new, mode="drop"), results, of_positions)

@@ -18,24 +18,23 @@ from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.convert.target.checkpoint import target_memory
 from MaxDraft.convert.target.quantized_params import dequantized
 from MaxDraft.cost import flops
-from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers import params as parameters
 from MaxDraft.metric_logger import say
 from MaxDraft.run.target import target_table
-from MaxDraft.run.training_run import Run
+from MaxDraft.run.training_run import TrainingRun
 from MaxDraft.targets.table import decoder_params
 
 
-def describe(run: Run, vocabulary: DraftVocabulary) -> None:
+def describe(run: TrainingRun, vocabulary: DraftVocabulary) -> None:
     """Prints what will be trained on what, and writes it beside the run."""
-    config, target, head = run.config, run.target, run.head_dims
+    config, target, drafter = run.config, run.target, run.drafter
     summary = run.data.summary(vocabulary)
-    trained = parameters.count(eagle3.head_params(head))
-    frozen = parameters.count(decoder_params(target.dims, target.capture))
+    trained = parameters.count(drafter.params_table())
+    frozen = parameters.count(decoder_params(target.dims, target.captured_layers))
     cost = flops.per_token(
         target.dims,
-        head,
+        drafter,
         config.ttt_length,
         config.max_target_length,
         run.data.supervised_share,
@@ -45,9 +44,9 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
         f"\nsample of the training data, the assistant's tokens in brackets:\n{run.data.sample()}\n"
         f"\n{summary.text()}\n"
         f"target: {target.config['model_type']}, {frozen:,} parameters, features of layers "
-        f"{list(target.capture)} of 0..{target.dims.num_layers - 1}\n"
+        f"{list(target.captured_layers)} of 0..{target.dims.num_layers - 1}\n"
         f"target in memory: {_target_memory(run)}\n"
-        f"head: {trained:,} parameters, rollout of {config.ttt_length} steps\n"
+        f"drafter: {drafter.kind}, {trained:,} parameters, rollout of {config.ttt_length} steps\n"
         f"mesh: {run.mesh.size} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} "
         f"process(es)\n"
         f"training: {run.total_steps} optimizer steps of {run.data.rows_per_step} rows of "
@@ -61,7 +60,7 @@ def describe(run: Run, vocabulary: DraftVocabulary) -> None:
         storage.write_json(config.run_directory / "data.json", summary.as_dict())
 
 
-def _target_memory(run: Run) -> str:
+def _target_memory(run: TrainingRun) -> str:
     """Of the target's weights, in both forms where its files are quantized."""
     tables = {
         form: target_table(run.config, run.target, form == "keep_quantized")
@@ -84,12 +83,12 @@ def _target_memory(run: Run) -> str:
     return text + (f"; dequantized all the same: {', '.join(others)}" if keep and others else "")
 
 
-def finish(run: Run, result: dict[str, Any], export: Path) -> None:
+def finish(run: TrainingRun, result: dict[str, Any], export: Path) -> None:
     """Prints and writes the report of a finished run."""
     config, speed = run.config, result["tokens_per_second"]
     lines = [
         f"MaxDraft: run {config.run_name} is done",
-        f"  trained     an EAGLE-3 head for {run.target.path} with the settings of "
+        f"  trained     an {run.drafter.kind} head for {run.target.path} with the settings of "
         f"configs/models/{config.model_name}.yml, {run.total_steps} steps; this is the head of "
         f"step {result['step']}",
         f"  accept_length {result['accept_length']:.2f} tokens per verify step, greedy, "

@@ -1,47 +1,51 @@
-"""What the entry scripts share: from a Config to the parts of a run.
+"""From a Config to the parts of a run, before any weight is loaded; and its weights.
 
-open_run    Config -> target, data, mesh, head, jitted programs, checkpoints
-load_frozen target weights and draft vocabulary onto the devices
+open_for_training     a run that begins or goes on                      -> TrainingRun
+open_for_evaluation   a run that has been trained, with its data        -> TrainingRun
+open_for_export       a run that has been trained, without data         -> OpenedRun
+load_frozen           the target's weights and draft vocabulary onto the devices
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from MaxDraft import distributed, pyconfig, sharding, storage
+from MaxDraft import compile_step, distributed, train_step
 from MaxDraft.checkpointing import Checkpoints
+from MaxDraft.compile_step import TrainingPrograms
 from MaxDraft.convert.heads import load as head_import
 from MaxDraft.convert.target import checkpoint as target_checkpoint
-from MaxDraft.drafts.eagle3 import head as eagle3
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts import registry
+from MaxDraft.drafts.drafter import Drafter
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.errors import UserError
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
+from MaxDraft.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from MaxDraft.pyconfig import Config
-from MaxDraft.resume import ResumeError, check_same_config
+from MaxDraft.resume import ResumeError
 from MaxDraft.run.data import RunData, open_data
+from MaxDraft.run.folder import lock_run_directory, make_run_directory
+from MaxDraft.run.spec import drafter_options, make_mesh, step_spec
 from MaxDraft.run.target import (
     Target,
     open_target,
-    saved_head_dims,
     stop_token_ids,
     target_table,
-    wanted_head_dims,
     with_embedded_target,
 )
 from MaxDraft.targets.dims import TargetError
-from MaxDraft.train_step import Batch, Frozen, Programs, make_programs
+from MaxDraft.train_step import Batch, FrozenParams, Metrics, StepSpec
 
 
 class TrainingError(UserError):
@@ -49,27 +53,61 @@ class TrainingError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run, before any weight is loaded."""
+class OpenedRun:
+    """A run as its folder and its target say it."""
 
     config: Config
     target: Target
-    data: RunData | None
-    mesh: Mesh
-    head_dims: HeadDims
-    total_steps: int
-    programs: Programs
+    drafter: Drafter
+    spec: StepSpec
     checkpoints: Checkpoints
 
-    @functools.cached_property
+    @property
+    def mesh(self) -> Mesh:
+        return self.spec.mesh
+
+    def restore_head(self) -> tuple[int, Tree, DraftVocabulary]:
+        """-> (step, parameters, vocabulary) of the checkpoint that `run_checkpoint` names."""
+        placement = train_step.param_shardings(self.spec)
+        abstract = parameters.abstract(self.drafter.params_table(), placement)
+        step, params, ids = self.checkpoints.restore_params(self.config.run_checkpoint, abstract)
+        return step, params, self.vocabulary(ids)
+
+    def vocabulary(self, draft_to_target: np.ndarray) -> DraftVocabulary:
+        """The draft vocabulary of a checkpoint."""
+        return DraftVocabulary(draft_to_target, self.target.dims.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun(OpenedRun):
+    """A run with what it learns from and is measured on."""
+
+    data: RunData
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply: those of the target's configs, and of the chat template."""
-        if not self.data.encoder.end_ids:
-            raise TargetError(
-                f"no token ends a reply: {self.target.path} names no eos_token_id, and the chat "
-                f"template ends a turn with no special token"
-            )
         return tuple(sorted(self.data.encoder.end_ids))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.data.total_steps
+
+    @functools.cached_property
+    def programs(self) -> TrainingPrograms:
+        """The jitted training step; compiled when it is first called."""
+        settings = OptimizerConfig.from_config(self.config)
+        schedule = learning_rate_schedule(settings, self.total_steps)
+        optimizer = make_optimizer(settings, schedule, self.drafter.params_table())
+        return compile_step.training_programs(
+            self.spec, optimizer, schedule, self.config.init_weights_seed
+        )
+
+    @functools.cached_property
+    def evaluation_step(self) -> Callable[[Tree, FrozenParams, Batch], Metrics]:
+        """The jitted evaluation step; compiled when it is first called."""
+        return compile_step.evaluation_program(self.spec)
 
     def train_batches(self, batches_read: int) -> Iterator[Batch]:
         """Global batches [A, B, T] on the devices, from number `batches_read` on."""
@@ -81,55 +119,50 @@ class Run:
 
     def _on_devices(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
         micro_batches = self.config.gradient_accumulation_steps
+        shardings = compile_step.batch_shardings(self.spec)
         for batch in batches:
             yield {
                 name: jax.make_array_from_process_local_data(
-                    self.programs.batch_sharding, rows.reshape(micro_batches, -1, rows.shape[-1])
+                    sharding, batch[name].reshape(micro_batches, -1, *batch[name].shape[1:])
                 )
-                for name, rows in batch.items()
+                for name, sharding in shardings.items()
             }
 
-    def restore_head(self) -> tuple[int, Tree, DraftVocabulary]:
-        """-> (step, parameters, vocabulary) of the checkpoint that `run_checkpoint` names."""
-        step, params, ids = self.checkpoints.restore_params(
-            self.config.run_checkpoint, self.programs.abstract_state.params
-        )
-        return step, params, DraftVocabulary(ids, self.target.dims.vocab_size)
+
+def open_for_training(config: Config) -> TrainingRun:
+    """A run that begins, or goes on from what its folder holds; nobody else may train it."""
+    config = _prepared(config)
+    lock_run_directory(config)
+    checkpoints = Checkpoints(config, say)
+    return _with_data(_opened(config, checkpoints, checkpoints.saved_identity()))
 
 
-def open_run(config: Config, for_training: bool = False, with_data: bool = True) -> Run:
-    """Opens what the config names, or raises what is wrong with it; loads no weight.
+def open_for_evaluation(config: Config) -> TrainingRun:
+    """A run that has been trained, with its data."""
+    return _with_data(open_for_export(config))
 
-    for_training: the run begins or goes on; otherwise it exists, and its head's dimensions are
-    those it was trained with.
-    """
+
+def open_for_export(config: Config) -> OpenedRun:
+    """A run that has been trained; its data are not read. ResumeError where there is none."""
+    config = _prepared(config)
+    checkpoints = Checkpoints(config, say, read_only=True)
+    saved = checkpoints.saved_identity()
+    if saved is None:
+        raise ResumeError(f"no readable checkpoint in {config.run_directory}; run train.py first")
+    return _opened(config, checkpoints, saved)
+
+
+def _prepared(config: Config) -> Config:
     start_jax(config)
     config = with_embedded_target(config)
     make_run_directory(config)
-    if for_training:
-        lock_run_directory(config)
-    target = open_target(config)
-    mesh = sharding.make_mesh(
-        config.mesh_axes,
-        [getattr(config, f"ici_{axis}_parallelism") for axis in config.mesh_axes],
-        [getattr(config, f"dcn_{axis}_parallelism") for axis in config.mesh_axes],
-    )
-    data = None
-    if with_data:
-        data = open_data(
-            config,
-            vocab_size=target.dims.vocab_size,
-            stop_token_ids=stop_token_ids(target),
-            device_count=mesh.size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            log=say,
-        )
-    total_steps = data.total_steps if data else 1
-    checkpoints = Checkpoints(config, say, read_only=not for_training)
-    saved = checkpoints.saved_identity()
-    if saved is None and not for_training:
-        raise ResumeError(f"no readable checkpoint in {config.run_directory}; run train.py first")
+    return config
+
+
+def _opened(config: Config, checkpoints: Checkpoints, saved: dict[str, Any] | None) -> OpenedRun:
+    """saved: the identity that the run's checkpoints say; None: it begins."""
+    kind = registry.drafter_class(config.drafter)
+    target = open_target(config, kind)
     if saved is not None and saved["target"] != target.fingerprint:
         raise ResumeError(
             f"run {config.run_name} was begun with another target than the one in {target.path}; "
@@ -137,33 +170,44 @@ def open_run(config: Config, for_training: bool = False, with_data: bool = True)
         )
     # A run that has begun keeps the dimensions of its head, also where a warm start's folder is
     # gone; the keys they come from cannot change.
-    head_dims = saved_head_dims(saved["head"]) if saved else wanted_head_dims(config, target.dims)
-    if data:
-        data.prompts(target.dims.max_length)  # or an error now, not after the training
-        checkpoints.set_identity(
-            {
-                "target": target.fingerprint,
-                # As it was saved: an older checkpoint may name the same fields otherwise.
-                "head": saved["head"] if saved else _as_json(head_dims),
-                "data": data.fingerprint,
-                "rows per optimizer step": data.rows_per_step,
-                "optimizer steps": total_steps,
-            }
-        )
-    return Run(
-        config=config,
-        target=target,
-        data=data,
-        mesh=mesh,
-        head_dims=head_dims,
-        total_steps=total_steps,
-        programs=make_programs(config, target.dims, head_dims, target.capture, mesh, total_steps),
-        checkpoints=checkpoints,
+    if saved is not None:
+        drafter = registry.from_identity(saved)
+    else:
+        drafter = kind.from_options(drafter_options(config), target.dims)
+        if config.load_parameters_path:
+            drafter = head_import.warm_drafter(Path(config.load_parameters_path), drafter)
+    spec = step_spec(config, target.dims, target.captured_layers, drafter, make_mesh(config))
+    return OpenedRun(config, target, drafter, spec, checkpoints)
+
+
+def _with_data(run: OpenedRun) -> TrainingRun:
+    data = open_data(
+        run.config,
+        vocab_size=run.target.dims.vocab_size,
+        stop_token_ids=stop_token_ids(run.target),
+        device_count=run.mesh.size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        log=say,
     )
-
-
-def _as_json(head_dims: HeadDims) -> Mapping[str, object]:
-    return json.loads(json.dumps(dataclasses.asdict(head_dims)))
+    # What is asked for below and not there is an error now, not after the training.
+    data.prompts(run.target.dims.max_length)
+    if not data.encoder.end_ids:
+        raise TargetError(
+            f"no token ends a reply: {run.target.path} names no eos_token_id, and the chat "
+            f"template ends a turn with no special token"
+        )
+    run.checkpoints.set_identity(
+        {
+            "target": run.target.fingerprint,
+            **registry.identity(run.drafter),
+            "data": data.fingerprint,
+            "rows per optimizer step": data.rows_per_step,
+            "optimizer steps": data.total_steps,
+        }
+    )
+    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return TrainingRun(**fields, data=data)
 
 
 def start_jax(config: Config) -> None:
@@ -181,56 +225,23 @@ def start_jax(config: Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def make_run_directory(config: Config) -> None:
-    """Makes <run>; ResumeError where it cannot be written or holds another run than this one."""
-    folder = config.run_directory
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.write_text(folder / ".writable", "")
-        storage.remove(folder / ".writable")
-        config.export_directory.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResumeError(
-            f"the run's folder {folder} or export_path cannot be written ({error.strerror}: "
-            f"{error.filename}); give another base_output_directory or export_path"
-        ) from error
-    begun = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
-    if begun and (folder / pyconfig.SAVED_NAME).is_file():
-        check_same_config(pyconfig.read_saved(folder), config)
-
-
-def lock_run_directory(config: Config) -> None:
-    """ResumeError where another process trains this run; held until this process ends."""
-    if jax.process_index() > 0:
-        return  # the processes of one run share its folder
-    if not storage.lock_until_exit(config.run_directory / ".lock"):
-        raise ResumeError(
-            f"{config.run_directory} is being trained by another process; wait for it, stop it, or "
-            f"give another run_name"
-        )
-
-
-def initial_head(run: Run) -> tuple[DraftVocabulary, Tree | None]:
+def initial_head(run: TrainingRun) -> tuple[DraftVocabulary, Tree | None]:
     """Where a new run begins: the vocabulary of its data and no parameters, or a head's own."""
     path = run.config.load_parameters_path
     if not path:
-        return run.data.select_vocabulary(run.head_dims.draft_vocab_size), None
-    placement = parameters.shardings(
-        eagle3.head_params(run.head_dims), run.mesh, run.config.logical_axis_rules
-    )
+        size = run.drafter.draft_vocab_size or run.target.dims.vocab_size
+        return run.data.select_vocabulary(size), None
     warm = head_import.load_head(
-        Path(path).expanduser(), run.head_dims, run.target.capture, placement
+        Path(path).expanduser(),
+        run.drafter.dims,
+        run.target.captured_layers,
+        train_step.param_shardings(run.spec),
     )
     say(f"warm start from {path}")
     return warm.vocabulary, warm.params
 
 
-def vocabulary(run: Run, draft_to_target: np.ndarray) -> DraftVocabulary:
-    """The draft vocabulary of a checkpoint."""
-    return DraftVocabulary(draft_to_target, run.target.dims.vocab_size)
-
-
-def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
+def load_frozen(run: OpenedRun, vocabulary: DraftVocabulary) -> FrozenParams:
     """The target's weights, each device reading its own slices, and the draft vocabulary."""
     config, target, mesh = run.config, run.target, run.mesh
     table = target_table(config, target, config.target_quantization == "keep_quantized")
@@ -242,7 +253,7 @@ def load_frozen(run: Run, vocabulary: DraftVocabulary) -> Frozen:
     def replicate(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
 
-    return Frozen(
-        target=target_checkpoint.load_target(target.path, table, placement),
+    return FrozenParams(
+        source=target_checkpoint.load_target(target.path, table, placement),
         draft_to_target=replicate(vocabulary.draft_to_target.astype(np.int32)),
     )

@@ -10,32 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
 
-from MaxDraft.targets.dims import Layer, TargetError
-
-
-def default_capture(num_layers: int) -> tuple[int, ...]:
-    """The EAGLE-3 layers whose output is captured: [1, n//2 - 1, n - 4], 0-based."""
-    return (1, num_layers // 2 - 1, num_layers - 4)
-
-
-def check_capture(capture: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Returns the three layers, or raises TargetError where they collide or lie outside."""
-    capture = tuple(capture) or default_capture(num_layers)
-    if len(capture) != 3 or len(set(capture)) != 3 or list(capture) != sorted(capture):
-        raise TargetError(
-            f"captured layers {list(capture)} of a target with {num_layers} layers are not three "
-            f"distinct ascending ones; set target_layer_ids, e.g. "
-            f"[0, {max(num_layers // 2 - 1, 1)}, {num_layers - 1}]"
-        )
-    outside = [layer for layer in capture if not 0 <= layer < num_layers]
-    if outside:
-        raise TargetError(
-            f"target_layer_ids {list(capture)}: layer {outside} does not exist, the target has "
-            f"layers 0 to {num_layers - 1}"
-        )
-    return capture
+from MaxDraft.targets.dims import Layer
 
 
 @dataclasses.dataclass(frozen=True)

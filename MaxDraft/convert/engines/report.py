@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from MaxDraft.targets.plan import default_capture
+from MaxDraft.drafts.eagle3.dims import default_captured_layers
 
 STEPS = 3  # draft tokens of the chain in the printed commands
 _SGLANG_JAX = {"llama", "phi3", "internlm3", "qwen3"}
@@ -26,7 +26,7 @@ def engine_report(
 ) -> str:
     """Engine by engine: whether it can serve this pair, under which limits, and how to start it."""
     capture = head_config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    usual = list(default_capture(target_config["num_hidden_layers"]))
+    usual = list(default_captured_layers(target_config["num_hidden_layers"]))
     lines = ["Engines that can serve this head with this target:", ""]
     for name, (problems, limits, command) in _engines(
         target_config, head_config, capture == usual, target_path, export_path

@@ -22,8 +22,9 @@ from safetensors.numpy import load_file
 
 from MaxDraft.convert.loading import listed, stored_shape
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError, read_header, read_json
+from MaxDraft.drafts.drafter import DraftInputs
 from MaxDraft.drafts.eagle3 import head as eagle3
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.dims import HeadDims
 from MaxDraft.drafts.eagle3.numpy_twin import EngineHead
 from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
 from MaxDraft.drafts.vocabulary import DraftVocabulary
@@ -208,12 +209,10 @@ def _trained_logits(
 ) -> jax.Array:  # [chains, K, D]
     """Logits of the training rollout at the last row before each chain, in float32."""
     T = len(embeddings)
-    one_document = jnp.zeros((1, T), jnp.int32)
-    states = rollout_everywhere(
-        params, dims, embeddings[None], features[None], positions[None], one_document, steps, T
-    )
+    inputs = DraftInputs(embeddings, features, positions, jnp.zeros(T, jnp.int32), T)
+    states = rollout_everywhere(params, dims, inputs, steps, T)
     last = jnp.asarray(CHAIN_ROWS) - 1
-    return jnp.stack([eagle3.logits(params, dims, state[0, last]) for state in states], axis=1)
+    return jnp.stack([eagle3.logits(params, dims, state[last]) for state in states], axis=1)
 
 
 def chain_differences(

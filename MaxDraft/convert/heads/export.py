@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 
 from MaxDraft import storage
 from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
-from MaxDraft.drafts.eagle3.head import HeadDims, head_params
+from MaxDraft.drafts.eagle3.dims import HeadDims
+from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.layers.rope import Rope

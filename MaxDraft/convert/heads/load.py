@@ -20,12 +20,13 @@ import numpy as np
 from MaxDraft.convert.loading import differences, listed, load_parameters
 from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, open_safetensors
 from MaxDraft.convert.target.checkpoint import read_config
-from MaxDraft.drafts.eagle3.head import HeadDims, head_params
+from MaxDraft.drafts.eagle3.dims import HeadDims, default_captured_layers
+from MaxDraft.drafts.eagle3.drafter import Eagle3
+from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import TargetError
-from MaxDraft.targets.plan import default_capture
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # The engines' default, which a head without rope_theta has been served with.
@@ -57,6 +58,13 @@ class LoadedHead:
     vocabulary: DraftVocabulary
     dims: HeadDims
     capture: tuple[int, ...] | None
+
+
+def warm_drafter(folder: Path, drafter: Eagle3) -> Eagle3:
+    """The drafter with the rotary embedding and epsilon of the head in a folder, to go on from."""
+    warm = load_head(Path(folder).expanduser()).dims
+    dims = dataclasses.replace(drafter.dims, rope=warm.rope, norm_eps=warm.norm_eps)
+    return dataclasses.replace(drafter, dims=dims)
 
 
 def load_head(
@@ -184,7 +192,7 @@ def _capture_differences(found: tuple[int, ...] | None, wanted: tuple[int, ...])
         return []
     if found is None:
         # The default depends on the target's depth only, and the last default layer tells that.
-        if wanted == default_capture(wanted[-1] + 4):
+        if wanted == default_captured_layers(wanted[-1] + 4):
             return []
         found_text = "names none, which means the defaults"
     else:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft.drafts.eagle3 import head as eagle3
-from MaxDraft.drafts.eagle3.head import HeadDims
+from MaxDraft.drafts.eagle3.dims import HeadDims
 from MaxDraft.layers.attention import cached_attention, write_slots
 from MaxDraft.layers.params import Tree
 from MaxDraft.sharding import constrain
@@ -46,7 +46,7 @@ def absorb(
 
     The output of the last committed row is what drafting starts from.
     """
-    state = eagle3.fuse(params, aux_hidden_states)
+    state = eagle3.fuse_aux_hidden_states(params, dims, aux_hidden_states)
     return _decoder_layer(params, dims, cache, next_embeddings, state, slots, positions, visible)
 
 
@@ -113,4 +113,4 @@ def _decoder_layer(
     cache = write_slots(cache, eagle3.keys_values(params, dims, x, positions), slots)
     cache = tuple(constrain(part, "draft_batch", None, None, None) for part in cache)
     attended = cached_attention(q, *cache, visible)
-    return eagle3.finish(params, dims, state, attended), cache
+    return eagle3.decoder_layer_output(params, dims, state, attended), cache

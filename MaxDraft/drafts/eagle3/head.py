@@ -1,42 +1,29 @@
-"""The EAGLE-3 draft head: one Llama layer that reads the target's features (Li et al. 2025).
+"""The EAGLE-3 draft head: one Llama layer that reads hidden states of the target (Li et al. 2025).
 
-    state_0 = fc(features)                                  fused feature of row i
+    state_0 = fc(aux_hidden_states)                         fused outputs of C captured layers
     input   = [norm(embedding of the next token), norm(state)]
     state'  = state + attention(input)
     state'  = state' + mlp(norm(state'))                    fed back as the next step's state
     logits  = lm_head(norm(state'))
 
-B batch, T rows, H hidden size, I intermediate, N heads, M key/value heads, d head size,
-D draft vocabulary.
+EAGLE-3.1 (arXiv:2605.09992): `fc_norm` norms each captured layer's output before fc; with
+`norm_output` the state that is fed back is norm(state'), which the LM head reads as it is.
+
+B batch, T positions, H hidden size, I intermediate, N query heads, M key/value heads (GQA),
+d head size, C captured layers, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
+from MaxDraft.drafts.eagle3.dims import NUM_CAPTURED, HeadDims
 from MaxDraft.layers.mlp import gated_mlp, linear
 from MaxDraft.layers.norms import rms_norm
 from MaxDraft.layers.params import Param, Tree
-from MaxDraft.layers.rope import Rope, cos_sin, rotate
+from MaxDraft.layers.rope import cos_sin, rotate
 from MaxDraft.sharding import constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadDims:
-    """Dimensions of a draft head; hidden_size is the target's, whose embedding it reads."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    draft_vocab_size: int
-    target_vocab_size: int
-    norm_eps: float
-    rope: Rope
 
 
 def head_params(dims: HeadDims) -> Tree:
@@ -51,8 +38,10 @@ def head_params(dims: HeadDims) -> Tree:
         return Param((H,), (None,), name, init="ones")
 
     attention, mlp = "midlayer.self_attn.", "midlayer.mlp."
+    fc_norm = {str(i): norm(f"fc_norm.{i}.weight") for i in range(NUM_CAPTURED)}
     return {
-        "fc": matrix(3 * H, H, ("draft_embed", None), "fc.weight"),
+        **({"fc_norm": fc_norm} if dims.fc_norm else {}),
+        "fc": matrix(NUM_CAPTURED * H, H, ("draft_embed", None), "fc.weight"),
         "embedding_norm": norm("midlayer.input_layernorm.weight"),
         "state_norm": norm("midlayer.hidden_norm.weight"),
         "q": matrix(2 * H, q_size, ("draft_embed", "draft_heads"), attention + "q_proj.weight"),
@@ -72,13 +61,20 @@ def head_params(dims: HeadDims) -> Tree:
     }
 
 
-def fuse(params: Tree, features: jax.Array) -> jax.Array:
-    """Captured features [B, T, 3H] -> the state that enters step 0, [B, T, H]."""
-    return constrain(linear(features, params["fc"]), "draft_batch", None, None)
+def fuse_aux_hidden_states(params: Tree, dims: HeadDims, aux_hidden_states: jax.Array) -> jax.Array:
+    """Captured layers' outputs [B, T, C * H] -> the state that enters step 0, [B, T, H]."""
+    x = aux_hidden_states
+    if dims.fc_norm:
+        parts = jnp.split(x, NUM_CAPTURED, axis=-1)
+        x = jnp.concatenate(
+            [rms_norm(y, params["fc_norm"][str(i)], dims.norm_eps) for i, y in enumerate(parts)],
+            axis=-1,
+        )
+    return constrain(linear(x, params["fc"]), "draft_batch", None, None)
 
 
 def layer_input(params: Tree, dims: HeadDims, embeddings: jax.Array, state: jax.Array) -> jax.Array:
-    """Embeddings [B, T, H] of the tokens that the rows read, state [B, T, H] -> [B, T, 2H]."""
+    """Embeddings [B, T, H] of the tokens that are read, state [B, T, H] -> [B, T, 2H]."""
     return jnp.concatenate(
         [
             rms_norm(embeddings, params["embedding_norm"], dims.norm_eps),
@@ -90,39 +86,46 @@ def layer_input(params: Tree, dims: HeadDims, embeddings: jax.Array, state: jax.
 
 def queries(params: Tree, dims: HeadDims, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Layer input [B, T, 2H], positions int [B, T] of the rotary embedding -> [B, T, N, d]."""
-    return rotate(_heads(params, dims, x, "q"), *cos_sin(dims.rope, positions))
+    return rotate(_project(params, dims, x, "q"), *cos_sin(dims.rope, positions))
 
 
 def keys_values(
     params: Tree, dims: HeadDims, x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Layer input [B, T, 2H] -> keys and values [B, T, M, d]."""
-    keys = rotate(_heads(params, dims, x, "k"), *cos_sin(dims.rope, positions))
-    return keys, _heads(params, dims, x, "v")
+    keys = rotate(_project(params, dims, x, "k"), *cos_sin(dims.rope, positions))
+    return keys, _project(params, dims, x, "v")
 
 
-def _heads(params: Tree, dims: HeadDims, x: jax.Array, name: str) -> jax.Array:
+def _project(params: Tree, dims: HeadDims, x: jax.Array, name: str) -> jax.Array:
     y = linear(x, params[name]).reshape(*x.shape[:2], -1, dims.head_dim)
     return constrain(y, "draft_batch", None, None, None)
 
 
-def finish(params: Tree, dims: HeadDims, state: jax.Array, attended: jax.Array) -> jax.Array:
-    """State [B, T, H] and attention output [B, T, N, d] -> the step's un-normed output [B, T, H].
+def decoder_layer_output(
+    params: Tree, dims: HeadDims, state: jax.Array, attended: jax.Array
+) -> jax.Array:
+    """State [B, T, H] and attention output [B, T, N, d] -> the step's output state [B, T, H].
 
-    This is what the next step reads, and what `logits` reads.
+    This is what the next step reads, and what `final_norm` reads: the residual stream, un-normed,
+    or with `norm_output` its norm.
     """
     x = state + linear(attended.reshape(*state.shape[:2], -1), params["o"])
     x = x + gated_mlp(rms_norm(x, params["mlp_norm"], dims.norm_eps), params["mlp"])
+    if dims.norm_output:
+        x = rms_norm(x, params["norm"], dims.norm_eps)
     return constrain(x, "draft_batch", None, None)
 
 
-def logits(params: Tree, dims: HeadDims, state: jax.Array) -> jax.Array:
-    """Un-normed output [..., H] -> float32 logits over the draft vocabulary [..., D]."""
-    normed = head_input(params, dims, state)
-    weight = params["lm_head"].astype(state.dtype)
-    return jnp.matmul(normed, weight, preferred_element_type=jnp.float32)
-
-
-def head_input(params: Tree, dims: HeadDims, state: jax.Array) -> jax.Array:
-    """Un-normed output [..., H] -> what the LM head is multiplied with, [..., H]."""
+def final_norm(params: Tree, dims: HeadDims, state: jax.Array) -> jax.Array:
+    """A step's output state [..., H] -> what the LM head is multiplied with, [..., H]."""
+    if dims.norm_output:
+        return state
     return rms_norm(state, params["norm"], dims.norm_eps)
+
+
+def logits(params: Tree, dims: HeadDims, state: jax.Array) -> jax.Array:
+    """A step's output state [..., H] -> float32 logits over the draft vocabulary [..., D]."""
+    weight = params["lm_head"].astype(state.dtype)
+    hidden = final_norm(params, dims, state)
+    return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
