@@ -41,10 +41,10 @@ from goldens import recipe
 
 from MaxDraft.convert.loading import per_expert, stored_shape, tensor_name
 from MaxDraft.convert.target.quantization import BLOCKS, E2M1, MX_BLOCK, SCALES
+from MaxDraft.drafts.eagle3.dims import default_captured_layers
 from MaxDraft.layers.params import Param, flatten
 from MaxDraft.targets import registry
 from MaxDraft.targets.dims import DecoderDims
-from MaxDraft.targets.plan import default_capture
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target import corpus, tokenizer
 
@@ -312,7 +312,7 @@ def texts() -> tuple[list[corpus.Record], Any, np.ndarray]:
 def stored(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of the unquantized file."""
     dims = registry.dims_from_config(config)
-    table = decoder_params(dims, default_capture(dims.num_layers), jnp.bfloat16)
+    table = decoder_params(dims, default_captured_layers(dims.num_layers), jnp.bfloat16)
     drawn = {path: draw(path, param, dims) for path, param in flatten(table)}
     seen = texts()[2].sum(0)[:, None]
     common = (seen / seen.max()) ** 0.05  # [V, 1]: seldom tokens are seldom chosen
