@@ -1,6 +1,11 @@
 """Batches: what stands in a row, the same on any number of hosts, and exact resuming."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +22,10 @@ NAMES = {"tokens", "segment_ids", "positions", "turn_ids"}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(folder):
     write_lines(folder / "train.jsonl", many_records(120))
     return prepare_dataset(
         train_files=f"{folder}/*.jsonl",
@@ -169,6 +177,51 @@ def test_a_worker_process_makes_the_same_batches(data, rows):
     assert worked.get_state() == {"batches_read": 3}
     assert_equal(list(worked), expected[3:])
     worked.close()
+
+
+KILLED_READER = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from test_batches import T, iterator, make_data
+from MaxDraft.input_pipeline.packing import pack_rows
+if __name__ == "__main__":
+    data = make_data(Path(sys.argv[1]))
+    rows = pack_rows(data.train.lengths, T, 0)
+    batches = iterator(data, rows, worker_count=1)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_workers_end_with_a_reader_that_is_killed(tmp_path):
+    script = tmp_path / "reader.py"
+    script.write_text(KILLED_READER)
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    with (tmp_path / "output").open("w+") as output:
+        # A worker that lives on would keep a pipe open, so the output goes to a file.
+        subprocess.run(
+            [sys.executable, script, tmp_path],
+            env=environment,
+            cwd=root,
+            stdout=output,
+            check=False,
+        )
+        output.seek(0)
+        workers = [int(pid) for pid in output.read().split()]
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,11 @@ number, the global batches read, and so it means the same on another number of h
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,7 +60,7 @@ class HostBatches:
         if not len(self):
             raise DataError(
                 f"the data packs into {len(self.rows)} rows of {self.max_target_length} tokens, "
-                f"fewer than one global batch of {G}; raise num_epoch or give more data, or lower "
+                f"fewer than one global batch of {G}; raise num_epoch, give more data, or lower "
                 f"per_device_batch_size or gradient_accumulation_steps"
             )
 
@@ -77,15 +82,15 @@ class HostBatches:
         return arrays
 
     def _fill(self, row: Batch, number: int) -> None:
-        at, turns = 0, 0
+        start, turns = 0, 0
         for segment, document in enumerate(self.rows[number], start=1):
             tokens, turn_ids = self.documents[document]
-            here = slice(at, at + len(tokens))
-            row["tokens"][here] = tokens
-            row["segment_ids"][here] = segment
-            row["positions"][here] = np.arange(len(tokens))
-            row["turn_ids"][here] = np.where(turn_ids > 0, turn_ids + turns, 0)
-            at, turns = here.stop, turns + int(turn_ids.max())
+            end = start + len(tokens)
+            row["tokens"][start:end] = tokens
+            row["segment_ids"][start:end] = segment
+            row["positions"][start:end] = np.arange(len(tokens))
+            row["turn_ids"][start:end] = np.where(turn_ids > 0, turn_ids + turns, 0)
+            start, turns = end, turns + int(turn_ids.max())
 
 
 class BatchIterator(Iterator[Batch]):
@@ -152,10 +157,28 @@ class BatchIterator(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         # Each worker makes every worker_count-th batch, and Grain puts them back in order.
-        dataset = remaining.to_iter_dataset(grain.ReadOptions(1, 1))
+        dataset = remaining.map(_in_worker).to_iter_dataset(grain.ReadOptions(1, 1))
         ahead = max(1, self._prefetch // self._worker_count)
         workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=ahead)
         return iter(dataset.mp_prefetch(workers))
+
+
+def _in_worker(batch: Batch) -> Batch:
+    """A batch as it is, from a worker process that from now on ends with the one that reads it."""
+    _end_with_parent()
+    return batch
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """Ends this worker when its parent has gone: killed, the parent cannot stop its workers, which
+    would wait for ever until somebody takes their batches."""
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="end-with-parent").start()
 
 
 def make_batch_iterator(
