@@ -26,6 +26,7 @@ from absl import flags
 from MaxDraft.input_pipeline.dataset import Documents
 from MaxDraft.input_pipeline.errors import DataError
 from MaxDraft.input_pipeline.packing import Rows
+from MaxDraft.input_pipeline.workers import end_with_trainer
 
 Batch = dict[str, np.ndarray]
 READ_THREADS = 4  # copying memory-mapped tokens: more would only wait for each other
@@ -160,7 +161,7 @@ class BatchIterator(Iterator[Batch]):
         dataset = remaining.map(_in_worker).to_iter_dataset(grain.ReadOptions(1, 1))
         ahead = max(1, self._prefetch // self._worker_count)
         workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=ahead)
-        return iter(dataset.mp_prefetch(workers))
+        return iter(dataset.mp_prefetch(workers, end_with_trainer))
 
 
 def _in_worker(batch: Batch) -> Batch:
