@@ -13,11 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from MaxDraft import benchmark, pyconfig
-from MaxDraft.cost import attention_pairs, compiled_flops
+from MaxDraft.cost import compiled_flops
+from MaxDraft.cost.topologies import TopologyError
 from MaxDraft.input_pipeline.synthetic import conversations
 from MaxDraft.layers.loops import counted_loop
 from MaxDraft.pyconfig import ConfigError
 from MaxDraft.run import spec as run_spec
+from MaxDraft.run.synthetic_step import open_synthetic_step, target_dims
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = str(ROOT / "configs" / "base.yml")
@@ -67,7 +69,7 @@ def test_compiled_products_count_as_often_as_they_run():
 
 
 @needs_eight
-def test_what_every_device_repeats_counts_for_every_device():
+def test_what_every_device_repeats_counts_for_each():
     mesh = Mesh(np.array(jax.devices()), ("x",))
     x = jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P("x")))
     w = jax.device_put(jnp.ones((16, 16)), NamedSharding(mesh, P()))
@@ -76,12 +78,12 @@ def test_what_every_device_repeats_counts_for_every_device():
     assert 8 * compiled(lambda x, w: w @ w, x, w) == 8 * one
 
 
-def opened(*changes, tokens="all"):
+def counted(*changes, tokens="all"):
+    """What the benchmark says of SMALL with other keys, without running it."""
     keys = {key.split("=")[0]: key for key in [*SMALL[1:], *changes]}
     config = pyconfig.initialize(["benchmark.py", BASE, *keys.values()], reads_files=False)
-    setting = benchmark.open_setting("x", config, tokens)
-    benchmark.describe(setting, benchmark.compile_step(setting))
-    return setting.said
+    _, result = benchmark.compile_and_count(open_synthetic_step("x", config, tokens))
+    return result
 
 
 @needs_eight
@@ -90,19 +92,21 @@ def opened(*changes, tokens="all"):
     ("kernel", "products", "block"),
     [("xla", 7, 16), ("tpu", 9, 32), ("gpu", 9, 32)],
 )
-def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devices(
+def test_eight_devices_do_what_the_method_needs_and_known_extras(
     kernel, products, block, monkeypatch, interpreted_kernels
 ):
     monkeypatch.setattr(run_spec, "attention_kernel", lambda *_: kernel)
-    said = opened(
+    result = counted(
         "ici_fsdp_parallelism=2",
         "ici_tensor_parallelism=4",
         f"rollout_block_size={block}",
         f"attention={'blockwise' if kernel == 'xla' else 'pallas'}",
     )
-    assert ("target_pairs" in said) == (kernel == "xla")  # of blocks that only XLA's walk has
-    parts = dict(said["model_flops"])
-    tokens, H, D, K = said["tokens"], 64, 64, 3
+    assert ("attention_pairs" in result) == (
+        kernel == "xla"
+    )  # of blocks that kernels choose themselves
+    parts = dict(result["model_flops"])
+    tokens, H, D, K = result["tokens"], 64, 64, 3
     # One block of keys holds both halves of the scores, and the backward pass makes them again:
     # seven products instead of six, or nine in two kernels. Each block of rows makes its teachers'
     # logits over the draft vocabulary, K - 1 of them for the next block too.
@@ -110,49 +114,28 @@ def test_the_step_does_what_the_method_needs_and_its_known_extras_on_eight_devic
     wide = 2 if kernel == "gpu" else 1
     parts["target attention"] *= 2 * wide
     parts["draft attention"] *= 2 * wide * products / 6
-    parts["teachers"] = 2 * H * D * said["computed_rows"] * (block + K - 1) / block
-    rounding = said["computed_rows"] / said["judged_rows"]
+    parts["teachers"] = 2 * H * D * result["computed_positions"] * (block + K - 1) / block
+    rounding = result["computed_positions"] / result["supervised_positions"]
     for name in ("draft layer", "draft attention", "draft LM head", "target LM head"):
         parts[name] *= rounding  # row blocks are whole, and the LM head's block is the whole row
-    assert said["traced_flops"] == pytest.approx(sum(parts.values()), rel=0.02)
-    assert tokens == said["positions"] == 8 * 32
+    assert result["traced_flops"] == pytest.approx(sum(parts.values()), rel=0.02)
+    assert tokens == result["positions"] == 8 * 32
     if kernel != "xla":
         return  # the loops are not those that the device runs
     # A head that every device of a tensor axis repeats would cost three times as much. XLA makes
     # the target's keys and values twice: 8 layers of 2 x 4 heads of 8.
     twice = 8 * 2 * tokens * H * 2 * 4 * 8
-    assert 0 <= said["compiled_flops"] - said["traced_flops"] <= 1.01 * twice
+    assert 0 <= result["compiled_flops"] - result["traced_flops"] <= 1.01 * twice
 
 
 @pytest.mark.slow
-def test_more_memory_for_longer_rows_is_in_proportion():
+def test_memory_grows_in_proportion_to_the_row_length():
     bytes_of = [
-        opened(f"max_target_length={T}", "attention_block_size=16")["temporary_bytes"]
+        counted(f"max_target_length={T}", "attention_block_size=16")["temporary_bytes"]
         for T in (512, 1024, 2048)
     ]
     first, second = np.diff(bytes_of)
     assert second < 2.3 * first  # twice the tokens; four times if anything were [T, T]
-
-
-def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over():
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 3, 0, 0]])[None]
-    judged = np.zeros_like(segments, bool)
-    judged[0, 0, 5:7] = judged[0, 1, 2:5] = True
-    sizes = {"attention_block": 2, "rollout_block": 4}
-    said = attention_pairs.computed_by_seen(segments, judged, **sizes, devices=1, target_shares=2)
-    # Blocks of two rows see, in blocks of two keys: 1 2 1 2, and 1 2 2 1; together 1 2 2 2.
-    seen = 10 + 10 + 6 + 3 + 1 + 3
-    assert said["target_pairs"] == 4 * 12 / seen
-    assert (
-        attention_pairs.computed_by_seen(segments, judged, **sizes, devices=1, target_shares=1)[
-            "target_pairs"
-        ]
-        == 4 * 14 / seen
-    )
-    # Rows 5 6 and 10 11, then 12 alone: keys 4..6, 8..11, 11..12.
-    assert said["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
-    apart = attention_pairs.computed_by_seen(segments, judged, **sizes, devices=2, target_shares=2)
-    assert apart["rollout_pairs"] == 4 * (2 + 2 + 2) / (2 + 3 + 3 + 1 + 2)
 
 
 @pytest.mark.parametrize(
@@ -166,26 +149,26 @@ def test_pairs_that_attention_computes_are_counted_by_the_blocks_it_walks_over()
         (["--profile", "{folder}", "--compile_only"], "only compiled"),
     ],
 )
-def test_wrong_flags_are_told_before_anything_is_compiled(flags, message, tmp_path, capsys):
+def test_wrong_flags_are_named_before_anything_is_compiled(flags, message, tmp_path, capsys):
     flags = [flag.format(folder=tmp_path) for flag in flags]
     with pytest.raises(SystemExit):
         benchmark.main(["benchmark.py", *SMALL, *flags])
     assert message in capsys.readouterr().err
 
 
-def test_tokens_without_a_judged_row_are_an_error_that_says_so():
+def test_tokens_without_a_supervised_position_are_an_error():
     short = ["max_target_length=10" if "max_target" in key else key for key in SMALL]
     with pytest.raises(ConfigError, match="max_target_length=10 is too short"):
         benchmark.main(["benchmark.py", *short, "--tokens", "chats", "--compile_only"])
 
 
-def test_conversations_are_packed_as_trained_and_fill_their_rows():
-    said = opened(
+def test_conversations_fill_their_rows():
+    result = counted(
         "max_target_length=2048", "per_device_batch_size=4", "rollout_block_size=64",
         "gradient_accumulation_steps=2", tokens="chats",
     )  # fmt: skip
-    assert said["tokens"] >= 0.97 * said["positions"]
-    assert said["computed_rows"] <= 1.05 * said["judged_rows"]
+    assert result["tokens"] >= 0.97 * result["positions"]
+    assert result["computed_positions"] <= 1.05 * result["supervised_positions"]
     batch = conversations(1, 64, 2048, 128)
     real = batch["segment_ids"] > 0
     share = (batch["turn_ids"] > 0).sum() / real.sum()
@@ -195,7 +178,7 @@ def test_conversations_are_packed_as_trained_and_fill_their_rows():
 
 
 @pytest.mark.slow
-def test_a_comparison_alternates_and_everything_is_written(tmp_path, capsys):
+def test_a_comparison_alternates_and_all_is_written(tmp_path, capsys):
     path = tmp_path / "result.json"
     flags = [
         "--steps",
@@ -214,14 +197,14 @@ def test_a_comparison_alternates_and_everything_is_written(tmp_path, capsys):
     result = json.loads(path.read_text())
     assert len(result["ratios"]) == 2
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
-    for said in result["settings"]:
-        assert set(said["breakdown"]) == {"target", "rollout", "loss", "optimizer"}
-        low, median, high = said["step_seconds"]
+    for setting in result["settings"]:
+        assert set(setting["breakdown"]) == {"target", "rollout", "loss", "optimizer"}
+        low, median, high = setting["step_seconds"]
         assert 0 < low <= median <= high
-        assert said["computed_rows"] >= said["judged_rows"] > 0
+        assert setting["computed_positions"] >= setting["supervised_positions"] > 0
 
 
-def test_it_imports_no_data_pipeline_and_no_checkpoint_library():
+def test_it_imports_no_data_and_no_checkpoint_library():
     blocked = "etils grain orbax safetensors transformers tokenizers tensorboardX sentencepiece"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r})); "
@@ -233,14 +216,19 @@ def test_it_imports_no_data_pipeline_and_no_checkpoint_library():
     assert "compile " in ran.stdout
 
 
-def test_a_model_without_dimensions_is_an_error_that_says_what_to_give():
+def test_a_model_without_dimensions_names_the_key(tmp_path):
     with pytest.raises(ConfigError, match="target_config"):
-        benchmark.main(["benchmark.py", BASE])
+        benchmark.main(["benchmark.py", BASE, "model_name=default"])
+
+
+def test_the_embedded_targets_dimensions_are_known():
+    dims = target_dims(pyconfig.initialize(["benchmark.py", BASE], reads_files=False))
+    assert (dims.hidden_size, dims.num_layers, dims.vocab_size) == (128, 8, 2048)
 
 
 @pytest.mark.parametrize(
     ("topology", "platform"), [("v99:7x7", "tpu"), ("h300:1", "tpu"), ("h100:some", "cuda")]
 )
-def test_devices_that_nobody_knows_are_an_error_that_says_what_it_takes(topology, platform):
-    with pytest.raises(ConfigError, match=rf"--topology {topology}: .*\n.*DEVICE={platform} "):
+def test_unknown_devices_are_an_error_with_the_fix(topology, platform):
+    with pytest.raises(TopologyError, match=rf"--topology {topology}: .*\n.*DEVICE={platform} "):
         benchmark.main(["benchmark.py", *SMALL, "--topology", topology])

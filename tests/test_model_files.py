@@ -15,11 +15,11 @@ import yaml
 from jax.sharding import AbstractMesh
 
 from MaxDraft import pyconfig
-from MaxDraft.benchmark import target_dims
 from MaxDraft.drafts import registry as drafters
 from MaxDraft.drafts.eagle3.dims import default_captured_layers
 from MaxDraft.layers import params
 from MaxDraft.run.spec import drafter_options
+from MaxDraft.run.synthetic_step import target_dims
 from MaxDraft.sharding import fill_parallelism
 from MaxDraft.targets.table import decoder_params
 

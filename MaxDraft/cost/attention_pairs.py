@@ -1,61 +1,89 @@
-"""Pairs of row and key that attention_xla.py computes, by those that a mask lets see each other.
+"""Pairs of query and key that blockwise attention computes, over those that are visible.
 
-Blocks are computed whole: one that a document begins or ends in costs more than it gives.
+attention_xla.py computes whole blocks of queries and keys: a block in which a document begins or
+ends costs more pairs than its mask lets see each other.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 
-def computed_by_seen(
-    segments: np.ndarray,
-    judged: np.ndarray,
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of attention: query i of row b sees the keys first[b, i] .. last[b, i]."""
+
+    first: np.ndarray  # int [b, R]
+    last: np.ndarray  # int [b, R]
+
+
+def computed_over_visible(
+    segment_ids: np.ndarray,
+    supervised: np.ndarray,
     *,
-    rollout_block: int,
+    position_block: int,
     attention_block: int,
     devices: int,
-    target_shares: int,
+    target_shards: int,
 ) -> dict[str, float]:
-    """-> target_pairs, rollout_pairs: pairs computed for each that is seen.
+    """Pairs computed for each that is visible, of a batch [A, B, T].
 
-    segments, judged [A, B, T]. The target walks over its packed rows of a micro-batch together,
-    windows and chunks aside; the rollout over the judged rows of a device, laid end to end.
+    supervised: bool [A, B, T], positions that some step of the rollout supervises. The target
+    attends with the packed rows of a micro-batch together, windows and chunks aside, in each of
+    `target_shards` shares of it; the rollout with the supervised positions of a device, laid end to
+    end, `position_block` of them at a time.
+
+    -> {"target": ratio, "rollout": ratio}
     """
-    A, B, T = segments.shape
-    packed = segments.reshape(-1, T)
-    begins = np.diff(packed, prepend=-1) != 0
-    first = np.maximum.accumulate(np.where(begins, np.arange(T), 0), axis=1)
-    together = B // target_shares
-    target = [
-        (np.tile(np.arange(T), (together, 1)), first[i : i + together])
-        for i in range(0, len(first), together)
-    ]
-
-    def of_devices(x: np.ndarray) -> np.ndarray:
-        return x.reshape(A, devices, -1, T).swapaxes(0, 1).reshape(devices, -1, T)
-
-    R, rollout = rollout_block, []
-    for begins_at, judged_here in zip(of_devices(first), of_devices(judged), strict=True):
-        starts = (begins_at + T * np.arange(len(begins_at))[:, None]).ravel()
-        rows = np.flatnonzero(judged_here)
-        calls = (rows[None, i : i + R] for i in range(0, len(rows), R))
-        rollout += [(call, starts[call]) for call in calls]
-    size = attention_block
+    T = segment_ids.shape[2]
+    first = _document_starts(segment_ids.reshape(-1, T))
+    target = _target_calls(first, segment_ids.shape[1] // target_shards)
+    rollout = _rollout_calls(first, supervised, position_block, devices)
     return {
-        "target_pairs": _ratio(target, size, min(size, T)),
-        "rollout_pairs": _ratio(rollout, size, min(size, R)),
+        "target": _ratio(target, min(attention_block, T), attention_block),
+        "rollout": _ratio(rollout, min(attention_block, position_block), attention_block),
     }
 
 
-def _ratio(calls: list[tuple[np.ndarray, np.ndarray]], keys: int, rows: int) -> float:
-    """calls: the rows [b, R] that one call attends with, and the keys from which on they see them
-    all up to their own; keys, rows: in a block."""
-    computed = seen = 0
-    for at, first in calls:
-        seen += (at - first + 1).sum()
-        for i in range(0, at.shape[1], rows):
-            here = np.s_[:, i : i + rows]
-            blocks = at[here].max() // keys + 1 - first[here].min() // keys
-            computed += len(at) * rows * keys * blocks
-    return float(computed / seen)
+def _document_starts(segment_ids: np.ndarray) -> np.ndarray:
+    """[rows, T] -> where each token's document begins in its row."""
+    begins = np.diff(segment_ids, prepend=-1) != 0
+    return np.maximum.accumulate(np.where(begins, np.arange(segment_ids.shape[1]), 0), axis=1)
+
+
+def _target_calls(first: np.ndarray, rows_per_call: int) -> list[_Call]:
+    rows, T = first.shape
+    last = np.tile(np.arange(T), (rows_per_call, 1))
+    return [_Call(first[i : i + rows_per_call], last) for i in range(0, rows, rows_per_call)]
+
+
+def _rollout_calls(
+    first: np.ndarray, supervised: np.ndarray, position_block: int, devices: int
+) -> list[_Call]:
+    A, _, T = supervised.shape
+
+    def by_device(x: np.ndarray) -> np.ndarray:
+        return x.reshape(A, devices, -1, T).swapaxes(0, 1).reshape(devices, -1, T)
+
+    calls = []
+    for starts, mask in zip(by_device(first), by_device(supervised), strict=True):
+        starts = (starts + T * np.arange(len(starts))[:, None]).ravel()
+        positions = np.flatnonzero(mask)
+        for i in range(0, len(positions), position_block):
+            last = positions[None, i : i + position_block]
+            calls.append(_Call(starts[last], last))
+    return calls
+
+
+def _ratio(calls: list[_Call], queries: int, keys: int) -> float:
+    """queries, keys: in a block."""
+    computed = visible = 0
+    for call in calls:
+        visible += (call.last - call.first + 1).sum()
+        for i in range(0, call.last.shape[1], queries):
+            block = np.s_[:, i : i + queries]
+            key_blocks = call.last[block].max() // keys + 1 - call.first[block].min() // keys
+            computed += len(call.last) * queries * keys * key_blocks
+    return float(computed / visible)
