@@ -6,7 +6,9 @@ What a key means stands in the comment above it in base.yml, what it may hold in
 from __future__ import annotations
 
 import ast
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,18 @@ usage: python3 {program} {base} key=value ...
   {base}  <  configs/models/<model_name>.yml  <  environment {prefix}<KEY>  <  key=value
 where evaluate.py and export.py read the run's own config.yml after the model file.
 """
+
+
+def answer_and_exit(argv: Sequence[str]) -> None:
+    """Prints the help that argv asks for and ends with status 0; returns where it asks for none."""
+    text = answer(argv)
+    if text is None:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader of `--help | head` is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def answer(argv: Sequence[str]) -> str | None:

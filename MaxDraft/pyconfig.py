@@ -120,12 +120,9 @@ def initialize(argv: Sequence[str], from_run: bool = False, reads_files: bool = 
     from_run: evaluate and export go on from a finished run, so that run's config.yml, found by
     base_output_directory and run_name, stands between the model file and the environment.
     reads_files: False where neither target nor data is read, so that neither need be named.
-    Where argv asks for --help, prints it and ends the process with status 0.
+    Where argv asks for --help, prints it and raises SystemExit with status 0.
     """
-    help_text = config_help.answer(argv)
-    if help_text is not None:
-        print(help_text)
-        raise SystemExit(0)
+    config_help.answer_and_exit(argv)
     if len(argv) < 2 or "=" in argv[1]:
         program = argv[0] if argv else "MaxDraft/train.py"
         raise ConfigError(

@@ -79,6 +79,13 @@ for script in sys.argv[1:]:
 """
 
 
+def test_help_may_be_cut_off_by_its_reader():
+    code = "from MaxDraft import pyconfig; pyconfig.initialize(['train.py', '--help'])"
+    script = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_help_of_an_entry_script_ends_with_status_0():
     scripts = [str(ROOT / "MaxDraft" / script) for script in SCRIPTS]
     command = [sys.executable, "-c", ALL_SCRIPTS, *scripts]
