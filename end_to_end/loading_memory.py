@@ -1,14 +1,14 @@
 """How much memory loading a target takes, on one process and on two that share it.
 
     python3 end_to_end/loading_memory.py            (a checkpoint of 4 GB, in a temporary folder)
-    python3 end_to_end/loading_memory.py --gigabytes 1
+    python3 end_to_end/loading_memory.py --gigabytes 1 --json numbers.json
 
 Writes a Qwen3-MoE with random bfloat16 weights, loads it in fresh processes on the CPU, where host
 and device memory are one, and prints the most memory each process held, what it read, and the
-largest piece that it held a second time on the way to the device. Two processes share the target in
-each of the three ways there are. Each process has a copy of the files for itself, dropped from the
-system's page cache before: the pages that are there afterwards are those it read from the disk.
-Exit status 0: every bound held.
+largest piece that it held a second time before it was on the device. Two processes share the target
+in each of the three ways there are: by fsdp, by experts, by tensor parallelism. Each process has a
+copy of the files for itself, dropped from the system's page cache before: the pages that are there
+afterwards are those it read from the disk. Exit status 0: every bound held.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import tempfile
 import threading
 from pathlib import Path
 
-# The repository's root, not this folder: no file in it may shadow a library.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # importing this file changes nothing
+    # The repository's root, not this folder: no file in it may shadow a library.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import ml_dtypes  # noqa: E402
-import numpy as np  # noqa: E402
+import ml_dtypes
+import numpy as np
 
 MB = 1e6
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -141,12 +142,12 @@ def load_and_report(folder: Path, processes: int, number: int, address: str, axi
         folder, table, shardings(table, mesh, rules) if processes > 1 else None
     )
     jax.block_until_ready(tree)
-    held = sum(s.data.nbytes for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards)
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
     report = {
         "bytes_read": sum(pieces),
         "from_disk": sum(map(pages, folder.glob("*.safetensors"))),
         "largest_piece": max(pieces),
-        "parameters": held,
+        "parameters": sum(shard.data.nbytes for shard in shards),
         "before": before,
         "peak": status("VmHWM"),
         "anonymous_peak": peak.stop(),
@@ -183,12 +184,12 @@ def pages(file: Path) -> int:
     """Bytes of a file that are in the system's page cache (mincore)."""
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         array = np.frombuffer(mapped, np.uint8)
-        found = (ctypes.c_ubyte * -(-len(array) // mmap.PAGESIZE))()
+        resident = (ctypes.c_ubyte * -(-len(array) // mmap.PAGESIZE))()
         where, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(len(array))
-        if ctypes.CDLL(None, use_errno=True).mincore(where, size, found):
+        if ctypes.CDLL(None, use_errno=True).mincore(where, size, resident):
             raise OSError(ctypes.get_errno(), "mincore")
         del array  # or the map cannot be closed
-        return int((np.frombuffer(found, np.uint8) & 1).sum()) * mmap.PAGESIZE
+        return int((np.frombuffer(resident, np.uint8) & 1).sum()) * mmap.PAGESIZE
 
 
 def status(field: str) -> int:
@@ -217,7 +218,7 @@ class AnonymousPeak:
 
 # --------------------------------------------------------------------------------------- together
 def run(folder: Path, processes: int, axis: str = "fsdp") -> list[dict]:
-    """What each of so many fresh processes reports, which split the target along a mesh axis."""
+    """The reports of fresh processes that split the target along a mesh axis."""
     folders = [folder, *(folder / f"copy-{number}" for number in range(1, processes))]
     for copy in folders[1:]:
         if not copy.exists():
@@ -232,10 +233,10 @@ def run(folder: Path, processes: int, axis: str = "fsdp") -> list[dict]:
         # What is freed goes back to the system, instead of being kept for the next piece (glibc).
         "MALLOC_MMAP_THRESHOLD_": "1000000",
     }
-    said = [sys.executable, __file__, f"--processes={processes}", f"--axis={axis}"]
+    command = [sys.executable, __file__, f"--processes={processes}", f"--axis={axis}"]
     started = [
         subprocess.Popen(
-            [*said, f"--number={number}", f"--address={address}", f"--folder={own}"],
+            [*command, f"--number={number}", f"--address={address}", f"--folder={own}"],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
@@ -248,48 +249,70 @@ def run(folder: Path, processes: int, axis: str = "fsdp") -> list[dict]:
     return [json.loads(line) for [line] in lines]
 
 
+def measured(name: str, report: dict, whole: int) -> str:
+    """A line of what a process reports."""
+    over = report["peak"] - report["before"] - report["parameters"]
+    return (
+        f"{name}: made {report['bytes_read'] / MB:.0f} MB ({report['bytes_read'] / whole:.1%} of "
+        f"the checkpoint) of {report['from_disk'] / MB:.0f} MB from the disk "
+        f"({report['from_disk'] / whole:.1%}), largest piece {report['largest_piece'] / MB:.0f} "
+        f"MB; most memory {report['peak'] / MB:.0f} MB = {report['before'] / MB:.0f} MB before "
+        f"loading + {report['parameters'] / MB:.0f} MB parameters + {over / MB:.0f} MB (without "
+        f"files {report['anonymous_peak'] / MB:.0f} MB)"
+    )
+
+
+def bounds_hold(report: dict, processes: int, whole: int, layer: int) -> bool:
+    """Whether a process read only its part, and held less than a layer of it twice."""
+    return (
+        report["bytes_read"] < whole / processes * 1.01  # norms and routers are not split
+        and report["from_disk"] < whole / processes * 1.05
+        and report["largest_piece"] <= layer
+        and report["peak"] - report["before"] - report["parameters"] < layer
+    )
+
+
+def measure(gigabytes: float, hidden_size: int, file: str) -> int:
+    """Writes a checkpoint, loads it in each of the ways and prints the numbers -> exit status."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = CONFIG | {"num_hidden_layers": 4, "hidden_size": hidden_size}
+        whole, layer = sizes(config)
+        config["num_hidden_layers"] += max(0, round((gigabytes * 1e9 - whole) / layer))
+        write_checkpoint(folder, config)
+        whole, layer = sizes(config)
+        print(f"checkpoint {whole / MB:.0f} MB, its largest layer {layer / MB:.0f} MB")
+        all_hold, results = True, []
+        for processes, axis in ((1, "fsdp"), (2, "fsdp"), (2, "expert"), (2, "tensor")):
+            for number, report in enumerate(run(folder, processes, axis)):
+                split = f" ({axis})" if processes > 1 else ""
+                title = f"process {number + 1} of {processes}{split}"
+                print(measured(title, report, whole), flush=True)
+                all_hold &= bounds_hold(report, processes, whole, layer)
+                results.append({"processes": processes, "axis": axis, **report})
+    if file:
+        content = {"checkpoint": whole, "largest_layer": layer, "results": results}
+        Path(file).write_text(json.dumps(content, indent=2))
+    print("every bound held" if all_hold else "FAILED: a bound did not hold")
+    return 0 if all_hold else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--hidden-size", type=int, default=CONFIG["hidden_size"])
+    parser.add_argument("--json", default="", help="file for all numbers, in bytes")
     for name in ("--folder", "--address", "--axis"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     for name in ("--processes", "--number"):
         parser.add_argument(name, type=int, default=0, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.folder:
-        load_and_report(
-            Path(asked.folder), asked.processes, asked.number, asked.address, asked.axis
-        )
-        return 0
-    with tempfile.TemporaryDirectory() as name:
-        folder, config = Path(name), CONFIG | {"num_hidden_layers": 4}
-        whole, layer = sizes(config)
-        config["num_hidden_layers"] += max(0, round((asked.gigabytes * 1e9 - whole) / layer))
-        write_checkpoint(folder, config)
-        whole, layer = sizes(config)
-        print(f"checkpoint {whole / MB:.0f} MB, its largest layer {layer / MB:.0f} MB")
-        held = True
-        for processes, axis in ((1, "fsdp"), (2, "fsdp"), (2, "expert"), (2, "tensor")):
-            for number, found in enumerate(run(folder, processes, axis)):
-                over = found["peak"] - found["before"] - found["parameters"]
-                print(
-                    f"process {number + 1} of {processes}"
-                    f"{f' ({axis})' if processes > 1 else ''}: made "
-                    f"{found['bytes_read'] / MB:.0f} MB ({found['bytes_read'] / whole:.1%} of the "
-                    f"checkpoint) of {found['from_disk'] / MB:.0f} MB from the disk "
-                    f"({found['from_disk'] / whole:.1%}), largest piece "
-                    f"{found['largest_piece'] / MB:.0f} MB; most memory "
-                    f"{found['peak'] / MB:.0f} MB = {found['before'] / MB:.0f} MB before loading "
-                    f"+ {found['parameters'] / MB:.0f} MB parameters + {over / MB:.0f} MB "
-                    f"(without files {found['anonymous_peak'] / MB:.0f} MB)",
-                    flush=True,
-                )
-                held &= found["bytes_read"] < whole / processes * 1.01
-                held &= found["from_disk"] < whole / processes * 1.05
-                held &= found["largest_piece"] <= layer
-                held &= over < layer
-    print("every bound held" if held else "FAILED: a bound did not hold")
-    return 0 if held else 1
+    options = parser.parse_args()
+    if not options.folder:
+        return measure(options.gigabytes, options.hidden_size, options.json)
+    load_and_report(
+        Path(options.folder), options.processes, options.number, options.address, options.axis
+    )
+    return 0
 
 
 if __name__ == "__main__":

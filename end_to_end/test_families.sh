@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A head for a small random target of each family: train -> interrupt -> resume -> evaluate -> export.
 #   bash end_to_end/test_families.sh
-#   FAMILIES="gpt_oss mixtral qwen3_next" BASE_OUTPUT_DIRECTORY=/runs bash end_to_end/test_families.sh
+#   FAMILIES="gpt_oss llama4 gemma3" BASE_OUTPUT_DIRECTORY=/runs bash end_to_end/test_families.sh
 # DeepSeek-V3's target is FP8 and gpt-oss' is MXFP4, as they are published; where +keep follows the
 # family, they stay so in memory, else they are dequantized. With +bf16 everything is computed and
 # held in bfloat16, as on a TPU; else in float32. Exit status 0: everything held.

@@ -20,6 +20,15 @@ MAY_IMPORT = {
     "convert": {"errors", "layers", "sharding", "storage", "strict_json", "targets", "drafts"},
     "decoding": {"errors", "layers", "sharding", "targets", "drafts"},
     "cost": {"errors", "layers", "sharding", "targets", "drafts"},
+    "random_target": {
+        "errors",
+        "layers",
+        "storage",
+        "targets",
+        "convert",
+        "drafts",
+        "tiny_target",
+    },
     "tiny_target": {"errors", "layers", "sharding", "storage", "targets", "convert"},
 }
 # These stand above the rooms and wire them together.
@@ -84,3 +93,17 @@ def test_the_linter_and_the_formatter_have_nothing_to_say(order):
     ruff = [sys.executable, "-m", "ruff", *order, "--no-cache", str(ROOT)]
     said = subprocess.run(ruff, capture_output=True, text=True)
     assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_tests_and_end_to_end_scripts_do_not_import_each_other():
+    folders = [ROOT / "tests", ROOT / "end_to_end"]
+    names = [{path.stem for path in folder.rglob("*.py")} for folder in folders]
+    for folder, others in zip(folders, reversed(names), strict=True):
+        for path in sorted(folder.rglob("*.py")):
+            modules = set()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom):
+                    modules.add((node.module or "").split(".")[0])
+                elif isinstance(node, ast.Import):
+                    modules |= {alias.name.split(".")[0] for alias in node.names}
+            assert not modules & others, path

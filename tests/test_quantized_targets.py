@@ -4,8 +4,6 @@ FP8 in 128 x 128 blocks (DeepSeek-V3) and MXFP4 (gpt-oss), dequantized here by N
 """
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +22,13 @@ from MaxDraft.convert.target.checkpoint import (
 )
 from MaxDraft.convert.target.quantized_params import keep_quantized
 from MaxDraft.drafts.eagle3.dims import default_captured_layers
+from MaxDraft.random_target.configs import CONFIGS
+from MaxDraft.random_target.files import write_weights
+from MaxDraft.random_target.quantize import QUANTIZERS
+from MaxDraft.random_target.weights import draw_tensors
 from MaxDraft.targets import decoder
 from MaxDraft.targets.registry import dims_from_config
 from MaxDraft.targets.table import decoder_params
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "end_to_end"))
-
-import make_target
 
 FAMILIES = ("deepseek_v3", "gpt_oss")
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -60,21 +58,19 @@ def dequantized(tensors):
 @pytest.fixture(scope="module", params=FAMILIES)
 def folders(request, tmp_path_factory):
     """Folders of one target: as drawn, quantized, and with the quantized file's numbers."""
-    config = make_target.CONFIGS[request.param]
+    config = CONFIGS[request.param]
     unquantized = {k: v for k, v in config.items() if k != "quantization_config"}
     folder = tmp_path_factory.mktemp(request.param)
-    found = [folder / name for name in ("drawn", "quantized", "dequantized")]
-    for path in found:
+    paths = [folder / name for name in ("drawn", "quantized", "dequantized")]
+    for path in paths:
         path.mkdir()
-    make_target.write_weights(unquantized, found[0])
-    make_target.write_weights(config, found[1])
-    make_target.tokenizer.write_json(found[2] / "config.json", unquantized)
-    quantize = make_target.QUANTIZERS[config["quantization_config"]["quant_method"]]
-    written = dict(
-        part for name, whole in make_target.stored(config) for part in quantize(name, whole)
-    )
-    save_file(dequantized(written), found[2] / "model.safetensors", metadata={"format": "pt"})
-    return found
+    write_weights(unquantized, paths[0])
+    write_weights(config, paths[1])
+    (paths[2] / "config.json").write_text(json.dumps(unquantized))
+    quantize = QUANTIZERS[config["quantization_config"]["quant_method"]]
+    written = dict(part for name, whole in draw_tensors(config) for part in quantize(name, whole))
+    save_file(dequantized(written), paths[2] / "model.safetensors", metadata={"format": "pt"})
+    return paths
 
 
 def table_of(folder):
@@ -122,7 +118,7 @@ def test_loaded_weights_are_the_dequantized_numbers_bit_for_bit(folders):
     ],
 )
 def test_a_missing_scale_is_an_error_that_names_it(tmp_path, family, lost, keep):
-    make_target.write_weights(make_target.CONFIGS[family], tmp_path)
+    write_weights(CONFIGS[family], tmp_path)
     file = tmp_path / "model.safetensors"
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
