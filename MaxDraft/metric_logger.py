@@ -1,8 +1,9 @@
 """Where numbers go: a progress line, and metrics.jsonl and TensorBoard in the run's folder.
 
-A line of metrics.jsonl is one record: {"step": ..., "split": "train" | "eval", ...}. Train records
-pool the steps since the record before (sums and counts are added, then divided). Tokens are real
-ones, pads left out, and FLOPs are the model's own (flops.py), for those tokens.
+Each line of metrics.jsonl is one record, {"step": ..., "split": "train" or "eval", ...}. A train
+record pools the steps since the record before it: sums and counts are added, and then divided.
+Tokens per second leave padding out. TFLOP per second are model FLOPs (cost/flops.py) of those
+tokens, so recomputation does not count as speed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tensorboardX import SummaryWriter
 
 from MaxDraft import storage
 from MaxDraft.drafts import metrics
+from MaxDraft.strict_json import JsonError, parse_json
 
 
 def say(text: str) -> None:
@@ -26,9 +28,11 @@ def say(text: str) -> None:
 
 
 class MetricLogger:
-    """Pools the sums of training steps, prints and writes them every `log_period` steps.
+    """Pools the sums of training steps; prints and writes them at every flush().
 
-    write: whether this process writes at all (process 0 does).
+    decay: weight of step k of the rollout's loss is decay ** k. start_step: optimizer steps done
+    before; records of later ones, left by a run that was killed, are removed. flops_per_token:
+    model FLOPs. write: whether this process writes files at all; the main process does.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class MetricLogger:
         self._file = self._tensorboard = None
         if write:
             path = folder / metrics_file
-            _forget_after(path, start_step)
+            _remove_records_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
             if tensorboard:
                 self._tensorboard = SummaryWriter(
@@ -59,7 +63,7 @@ class MetricLogger:
                 )
 
     def train_step(self, step: int, fetched: Mapping[str, np.ndarray]) -> None:
-        """Adds the fetched result of optimizer step `step` (train_step.Programs.train)."""
+        """Adds what optimizer step `step` returned, fetched from the device."""
         self._pending.append((step, fetched))
 
     def flush(self) -> None:
@@ -96,7 +100,7 @@ class MetricLogger:
         self._since = time.monotonic()
 
     def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
-        """Prints and writes held-out metrics; the time they took is not charged to training."""
+        """Prints and writes held-out metrics; their time does not count into training's speed."""
         say(
             f"held-out after step {step}: loss {record['loss']:.4f}  "
             f"{_by_step('acc', record['acc'])}  "
@@ -106,7 +110,7 @@ class MetricLogger:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last flush out of the next throughput."""
+        """Leaves the time since the last flush out of the next tokens per second."""
         self._since = time.monotonic()
 
     def close(self) -> None:
@@ -132,19 +136,37 @@ class MetricLogger:
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops records of steps that a killed run wrote after its last checkpoint."""
+def _remove_records_after(path: Path, step: int) -> None:
+    """Removes the records of steps after `step`, which will be trained and recorded again.
+
+    Lines that are no record are moved to a file beside it: the one that a kill cut short, and
+    whatever else has come into the file.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line a kill cut short
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    storage.write_text(path, "".join(kept))
+    records, damaged = [], []
+    for line in path.read_bytes().split(b"\n"):
+        recorded = _step_of_record(line)
+        if recorded is not None and recorded <= step:
+            records.append(line)
+        elif recorded is None and line.strip():
+            damaged.append(line)
+    if damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        earlier = aside.read_bytes() if aside.exists() else b""
+        storage.write_bytes(aside, earlier + b"".join(line + b"\n" for line in damaged))
+        say(f"{path}: {len(damaged)} damaged line(s) were moved to {aside}")
+    storage.write_bytes(path, b"".join(line + b"\n" for line in records))
+
+
+def _step_of_record(line: bytes) -> int | None:
+    """The optimizer step of a line of metrics.jsonl; None where it is no record."""
+    try:
+        record = parse_json(line, nan=True)
+    except JsonError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _by_step(name: str, values: list[float]) -> str:

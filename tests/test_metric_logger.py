@@ -59,7 +59,7 @@ def test_a_record_pools_the_rows_of_its_steps_before_dividing(tmp_path, capsys):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_resumed_run_forgets_the_records_after_its_checkpoint_and_a_half_written_line(tmp_path):
+def test_records_after_the_checkpoint_are_removed_on_resume(tmp_path):
     log = logger(tmp_path)
     for number in (1, 2, 3):
         log.train_step(number, step(1, 1, 1))
@@ -71,3 +71,21 @@ def test_a_resumed_run_forgets_the_records_after_its_checkpoint_and_a_half_writt
     log.train_step(3, step(1, 1, 1))
     log.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "line", [b"5", b'{"step": "1"}', b'{"step": true}', b"\xff\xfe", b"[" * 9999, b'{"spl']
+)
+def test_a_damaged_line_is_moved_aside_and_told(tmp_path, capsys, line):
+    log = logger(tmp_path)
+    log.train_step(1, step(1, 1, 1))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    for start_step in (1, 2):
+        log = logger(tmp_path, start_step)
+        log.train_step(start_step + 1, step(1, 1, 1))
+        log.close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == line + b"\n"
+    assert capsys.readouterr().out.count("1 damaged line(s) were moved") == 1

@@ -11,11 +11,6 @@ number, the global batches read, and so it means the same on another number of h
 from __future__ import annotations
 
 import dataclasses
-import functools
-import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,28 +153,10 @@ class BatchIterator(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         # Each worker makes every worker_count-th batch, and Grain puts them back in order.
-        dataset = remaining.map(_in_worker).to_iter_dataset(grain.ReadOptions(1, 1))
+        dataset = remaining.to_iter_dataset(grain.ReadOptions(1, 1))
         ahead = max(1, self._prefetch // self._worker_count)
         workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=ahead)
         return iter(dataset.mp_prefetch(workers, end_with_trainer))
-
-
-def _in_worker(batch: Batch) -> Batch:
-    """A batch as it is, from a worker process that from now on ends with the one that reads it."""
-    _end_with_parent()
-    return batch
-
-
-@functools.cache
-def _end_with_parent() -> None:
-    """Ends this worker when its parent has gone: killed, the parent cannot stop its workers, which
-    would wait for ever until somebody takes their batches."""
-
-    def wait() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="end-with-parent").start()
 
 
 def make_batch_iterator(
