@@ -301,7 +301,7 @@ NESTED = {
         ("gemma2", {"sliding_window_pattern": 3}, "sliding_window_pattern"),
         ("llama4_scout", {"layer_types": ["full_attention"] * 8}, "layer_types .* layer 0"),
         ("llama4_scout", {"no_rope_layers": "11101110"}, "no_rope_layers must be a list"),
-        ("llama4_scout", {"no_rope_layers": ["a"] * 8}, "no_rope_layers must say 0 or 1"),
+        ("llama4_scout", {"no_rope_layers": ["a"] * 8}, "no_rope_layers must have 0 or 1"),
         ("llama4_scout", {"moe_layers": [1.0]}, "moe_layers"),
         ("qwen3", {"layer_types": KINDS, "sliding_window": 8}, "use_sliding_window"),
         (

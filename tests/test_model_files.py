@@ -21,6 +21,8 @@ from MaxDraft.layers import params
 from MaxDraft.run.spec import drafter_options
 from MaxDraft.run.synthetic_step import target_dims
 from MaxDraft.sharding import fill_parallelism
+from MaxDraft.targets.model_file import dims_from_target_config, first_release
+from MaxDraft.targets.registry import FAMILIES
 from MaxDraft.targets.table import decoder_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +114,28 @@ def kept_bytes(table, kind):
 def test_the_opening_names_the_command_and_what_is_known_of_acceptance(name, opening):
     assert f"python3 MaxDraft/train.py configs/base.yml model_name={name} " in opening
     assert "Acceptance to beat" in opening
+
+
+def test_a_model_file_states_every_field_that_decides(config):
+    """Without its family's defaults for absent fields, the dimensions are the same."""
+    fields = {"max_position_embeddings": 1 << 30} | first_release(config.target_config)
+    family = FAMILIES[fields["model_type"]]
+    assert family.dims(fields) == dims_from_target_config(config.target_config)
+
+
+def test_the_scalings_of_published_targets_are_stated():
+    def ropes(name):
+        fields = yaml.safe_load((FOLDER / f"{name}.yml").read_text())["target_config"]
+        mixers = [layer.mixer for layer in dims_from_target_config(fields).layers]
+        return [mixer.rope for mixer in mixers if mixer.rope]
+
+    for name in ("gemma3-4b", "gemma3-12b", "gemma3-27b"):
+        assert {rope.rope_type for rope in ropes(name)} == {"default", "linear"}
+    assert ropes("llama4-scout")[0].rope_type == "llama3"
+    assert ropes("kimi-k2")[0].factor == 32.0
+    assert ropes("phi-4-mini")[0].attention_scaling == math.sqrt(1 + math.log(32) / math.log(4096))
+    assert ropes("seed-oss-36b")[0].theta == 1e7
+    assert ropes("qwen3-30b-a3b")[0].theta == ropes("qwen3-235b-a22b")[0].theta == 1e6
 
 
 def test_the_shape_of_the_head_is_stated(name, config):

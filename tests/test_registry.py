@@ -88,9 +88,9 @@ def test_llama_4s_published_files_leave_out_the_temperature():
     for name in ("floor_scale", "attn_scale", "layer_types"):
         del config[name]
     mixers = [layer.mixer for layer in dims_from_config(config).layers]
-    assert mixers[3].tempered == (8192.0, 0.1)
+    assert mixers[3].attn_temperature_tuning == (8192.0, 0.1)
     assert mixers[3].rope is None and mixers[3].chunk == 0
-    assert mixers[0].tempered is None and mixers[0].chunk == 100
+    assert mixers[0].attn_temperature_tuning is None and mixers[0].chunk == 100
 
 
 def test_longrope_is_exact_up_to_the_original_length_only():
@@ -102,3 +102,66 @@ def test_longrope_is_exact_up_to_the_original_length_only():
     assert dims_from_config(config).max_length == original < config["max_position_embeddings"]
     short = dims_from_config(config).layers[0].mixer.rope
     assert short.short_factor == tuple(scaling["short_factor"])
+
+
+def test_a_dynamic_rope_is_the_default_one_up_to_max_length():
+    config = golden_config("llama")
+    rope = {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    config = {key: value for key, value in config.items() if key != "rope_parameters"}
+    plain = dims_from_config(config | {"rope_theta": 10000.0})
+    dims = dims_from_config(config | rope)
+    assert dims == plain
+    assert dims.max_length == config["max_position_embeddings"]
+    del rope["rope_scaling"]["factor"]
+    with pytest.raises(TargetError, match="'factor'"):
+        dims_from_config(config | rope)
+
+
+@pytest.mark.parametrize("name", ["glm4", "phi4_mini", "qwen3_next", "glm4_moe"])
+def test_a_partial_rotary_factor_written_twice_is_read(name):
+    config = golden_config(name)
+    dims, parameters = dims_from_config(config), config["rope_parameters"]
+    factor = parameters["partial_rotary_factor"]
+    both = config | {"partial_rotary_factor": factor}
+    assert dims_from_config(both) == dims
+    outer = {"model_type": "x", "partial_rotary_factor": factor}
+    assert dims_from_config(outer | {"text_config": config}) == dims
+    assert dims_from_config(outer | {"text_config": both}) == dims
+    with pytest.raises(TargetError, match=rf"partial_rotary_factor \({factor} and 0.125\)"):
+        dims_from_config(both | {"partial_rotary_factor": 0.125})
+    with pytest.raises(TargetError, match=rf"partial_rotary_factor is 0.125, .* {factor}"):
+        dims_from_config(outer | {"partial_rotary_factor": 0.125, "text_config": config})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        pytest.param("num_hidden_layers", 10**5000, id="layers of 5,000 digits"),
+        ("hidden_size", 1 << 40),
+        ("num_attention_heads", 10**9),
+        ("head_dim", 1 << 30),
+        ("vocab_size", 10**30),
+        ("rms_norm_eps", -1),
+        ("rms_norm_eps", 0),
+        ("rms_norm_eps", float("nan")),
+        pytest.param("rms_norm_eps", 10**5000, id="epsilon of 5,000 digits"),
+        ("rms_norm_eps", 1e-300),
+        ("max_position_embeddings", [10**5000]),
+    ],
+)
+def test_an_absurd_value_is_an_error_that_names_its_field(field, value):
+    with pytest.raises(TargetError, match=f"{field} must be") as error:
+        dims_from_config(golden_config("llama") | {field: value})
+    assert len(str(error.value)) < 300
+
+
+def test_a_config_that_is_nested_too_deeply_is_an_error():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for config in ({"x": deep}, {"text_config": {"rope_scaling": deep}, "rope_scaling": deep}):
+        with pytest.raises(TargetError, match="nested more than"):
+            dims_from_config(config)
+    with pytest.raises(TargetError, match="must be an object of fields"):
+        dims_from_config([1])

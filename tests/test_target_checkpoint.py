@@ -143,6 +143,28 @@ def test_what_config_json_leaves_out_has_its_usual_meaning():
     check_target_config(named, typed, "a.yml")
 
 
+def test_null_in_a_model_file_is_null_in_config_json_only():
+    mistral = {"model_type": "mistral", "sliding_window": None}
+    check_target_config(mistral, mistral, "a.yml")
+    for found in ({"model_type": "mistral"}, mistral | {"sliding_window": 4096}):
+        with pytest.raises(CheckpointError, match="sliding_window: the model file has None"):
+            check_target_config(mistral, found, "a.yml")
+
+
+def test_a_model_file_may_list_the_values_of_several_releases():
+    expected = {"rope_theta": (1e6, 1e7), "rms_norm_eps": (1e-6, 1e-5)}
+    for theta, eps in ((1e6, 1e-6), (1e7, 1e-5)):
+        check_target_config(expected, {"rope_theta": theta, "rms_norm_eps": eps}, "a.yml")
+    with pytest.raises(CheckpointError, match=r"rope_theta: the model file has .1000000\.0, 1000"):
+        check_target_config(expected, {"rope_theta": 5e6, "rms_norm_eps": 1e-6}, "a.yml")
+    scaled = {"rope_theta": 5e4, "rope_scaling": {"type": "yarn", "factor": (32.0, 64.0)}}
+    found = {"rope_theta": 5e4, "rope_scaling": {"type": "yarn", "factor": 64}}
+    check_target_config(scaled, found, "a.yml")
+    found["rope_scaling"]["factor"] = 16
+    with pytest.raises(CheckpointError, match=r"factor: the model file has .*config\.json has 16"):
+        check_target_config(scaled, found, "a.yml")
+
+
 GEMMA_OLD = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
@@ -156,7 +178,7 @@ GEMMA_NEW = {
 }
 
 
-@pytest.mark.parametrize("expected", [GEMMA_OLD, GEMMA_NEW, {"rope_theta": 1e6}])
+@pytest.mark.parametrize("expected", [GEMMA_OLD, GEMMA_NEW])
 @pytest.mark.parametrize(
     "found", [GEMMA_OLD, GEMMA_NEW, {"rope_scaling": GEMMA_OLD["rope_scaling"]}]
 )

@@ -73,7 +73,7 @@ def _attention(layer: Layer, length: float) -> float:
             keys = _visible_keys(length, a.window, a.chunk)
             return 2 * 2 * a.num_heads * a.head_dim * keys
         case MLA() as a:
-            widths = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_dim
+            widths = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
             return 2 * a.num_heads * widths * length / 2
         case DeltaNet() as a:  # the state is read, corrected and read again
             return 3 * 2 * a.num_v_heads * a.k_dim * a.v_dim

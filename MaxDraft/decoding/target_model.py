@@ -176,7 +176,7 @@ def _cache_arrays(
             size = mixer.qk_nope_head_dim + mixer.qk_rope_head_dim
             return {
                 "keys": CacheArray((slots, mixer.num_heads, size), axes, dtype),
-                "values": CacheArray((slots, mixer.num_heads, mixer.v_dim), axes, dtype),
+                "values": CacheArray((slots, mixer.num_heads, mixer.v_head_dim), axes, dtype),
             }
         case DeltaNet(num_v_heads=heads):
             channels = 2 * mixer.num_k_heads * mixer.k_dim + heads * mixer.v_dim

@@ -20,7 +20,7 @@ from MaxDraft.drafts.drafter import Drafter
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
 from MaxDraft.pyconfig import Config
-from MaxDraft.targets import registry
+from MaxDraft.targets import registry, stop_tokens
 from MaxDraft.targets.dims import DecoderDims, TargetError
 from MaxDraft.targets.table import decoder_params
 from MaxDraft.tiny_target.build import ensure_tiny_target
@@ -82,20 +82,9 @@ def open_target(config: Config, drafter: type[Drafter]) -> Target:
 
 def stop_token_ids(target: Target) -> tuple[int, ...]:
     """The tokens at which serving stops: eos_token_id of config.json and generation_config.json."""
-    sources = {"config.json": target.config}
-    if (target.path / "generation_config.json").is_file():
-        sources["generation_config.json"] = read_json(target.path / "generation_config.json")
-    stops = set()
-    for name, source in sources.items():
-        value = source.get("eos_token_id") if isinstance(source, dict) else None
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(type(i) is int for i in ids):
-            raise TargetError(
-                f"{target.path / name}: eos_token_id is {value!r}, and must be a token id or a "
-                f"list of them"
-            )
-        stops.update(ids)
-    return tuple(sorted(stops))
+    path = target.path / "generation_config.json"
+    generation_config = read_json(path) if path.is_file() else None
+    return stop_tokens.stop_token_ids(target.config, generation_config)
 
 
 def target_table(config: Config, target: Target, keep: bool) -> Tree:

@@ -1,32 +1,36 @@
-"""Reading a config.json's rotary embedding.
+"""Reads the rotary embedding of a config.json.
 
 Older files have `rope_theta` and `rope_scaling` at the top level, transformers 5 writes
-`rope_parameters`. Both are read, a file that has both must say the same twice, a key that its kind
-of scaling does not know is an error, and nothing falls back to a silent default: wrong angles give
-wrong features without any error.
+`rope_parameters`. Both are read; a file that has both must give the same values twice; a key that
+is not known for its type of scaling is an error. Nothing falls back to a silent default: wrong
+angles give wrong hidden states without any error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from MaxDraft.layers.rope import Rope
+import numpy as np
+
+from MaxDraft.layers.rope import Rope, frequencies
 from MaxDraft.targets.dims import TargetError
-from MaxDraft.targets.fields import field, flag, head_dim, listed, mapping, number
+from MaxDraft.targets.fields import default, field, head_dim, listed, mapping, shown
 
 _ORIGINAL = "original_max_position_embeddings"
-_KEYS = {  # by kind of scaling; nothing else is read
+_KEYS: dict[str, set[str]] = {  # by rope_type; no other key is read
     "default": set(),
     "linear": {"factor"},
+    "dynamic": {"factor"},
     "llama3": {"factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"},
     "yarn": {"factor", _ORIGINAL, "attention_factor", "beta_fast", "beta_slow"}
     | {"mscale", "mscale_all_dim", "truncate"},
     "longrope": {"factor", _ORIGINAL, "attention_factor", "short_factor", "long_factor"},
 }
-_PLAIN = {"rope_theta", "rope_type", "partial_rotary_factor"}
-_IMAGES = {"mrope_section", "mrope_interleaved"}  # text alone is turned as ever
+_PLAIN_KEYS = {"rope_theta", "rope_type", "partial_rotary_factor"}
+_IMAGE_KEYS = {"mrope_section", "mrope_interleaved"}  # the positions of text alone are the usual
 _HINTS = {
     "attn_factor": "; transformers ignores it and serving engines may not: take it out if the "
     "engine that will serve the target ignores it too"
@@ -40,103 +44,187 @@ def rope(
     partial: float | None = None,
     interleaved: bool = False,
 ) -> Rope:
-    """Rotary embedding of heads of `size` dimensions; None: the usual head_dim.
+    """The rotary embedding of heads of `size` dimensions; None: of head_dim.
 
-    partial: the share of a head that is turned where the file does not say it; None: the family
-    turns whole heads, whatever a file says.
+    partial: the partial_rotary_factor of a file that does not have it; None: the family rotates
+    whole heads, whatever a file says. TargetError where a field is missing, contradicts another, or
+    is not computed here as transformers computes it.
     """
-    said = scaling(config)
-    if "rope_theta" not in said:
+    fields = rope_fields(config)
+    if "rope_theta" not in fields:
         raise TargetError("config.json has neither 'rope_theta' nor 'rope_parameters.rope_theta'")
-    kind = said.get("rope_type", "default")
-    common = {
-        "theta": number(said, "rope_theta"),
-        "rotary_dim": _rotary_dim(config, said, size or head_dim(config), partial),
-        "rope_type": kind,
-        "interleaved": interleaved,
-    }
-    if kind == "default":
-        return Rope(**common)
-    if kind == "longrope":
-        return _longrope(said, config, common)
-    common["factor"] = _number(said, "factor")
-    if kind == "linear":
-        return Rope(**common)
-    common[_ORIGINAL] = field(_there(said, _ORIGINAL), _ORIGINAL)
-    if kind == "yarn" and common["theta"] <= 1:
-        raise TargetError(f"config.json: rope_theta {common['theta']} is too small for yarn")
-    if kind == "llama3":
-        low, high = _number(said, "low_freq_factor"), _number(said, "high_freq_factor")
-        if low > high:
-            raise TargetError(
-                f"config.json: low_freq_factor {low} is above high_freq_factor {high}"
+    rope_type = fields.get("rope_type", default("rope_type"))
+    plain = Rope(
+        theta=field(fields, "rope_theta"),
+        rotary_dim=_rotary_dim(config, fields, size or head_dim(config), partial),
+        interleaved=interleaved,
+    )
+    match rope_type:
+        case "default":
+            result = plain
+        case "dynamic":
+            # The base grows for sequences longer than max_position_embeddings only, and no longer
+            # ones are served (DecoderDims.max_length): up to there it is the default embedding.
+            _required(fields, "factor")
+            result = plain
+        case "linear":
+            result = dataclasses.replace(
+                plain, rope_type="linear", factor=_required(fields, "factor")
             )
-        return Rope(**common, low_freq_factor=low, high_freq_factor=high)
-    return Rope(
-        **common,
-        beta_fast=number(said, "beta_fast", 32.0),
-        beta_slow=number(said, "beta_slow", 1.0),
-        truncate=flag(said, "truncate", True),
-        attention_scaling=_yarn_attention_scaling(said, common["factor"]),
+        case "llama3":
+            result = _llama3(fields, plain)
+        case "yarn":
+            result = _yarn(fields, plain)
+        case "longrope":
+            result = _longrope(fields, config, plain)
+    _check_frequencies(result)
+    return result
+
+
+def _llama3(fields: Mapping[str, Any], plain: Rope) -> Rope:
+    low, high = (_required(fields, f"{end}_freq_factor") for end in ("low", "high"))
+    if low > high:
+        raise TargetError(f"config.json: low_freq_factor {low} is above high_freq_factor {high}")
+    return dataclasses.replace(
+        plain,
+        rope_type="llama3",
+        factor=_required(fields, "factor"),
+        original_max_position_embeddings=_required(fields, _ORIGINAL),
+        low_freq_factor=low,
+        high_freq_factor=high,
     )
 
 
-def scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn(fields: Mapping[str, Any], plain: Rope) -> Rope:
+    if plain.theta <= 1:
+        raise TargetError(f"config.json: rope_theta {plain.theta} is too small for yarn")
+    factor = _required(fields, "factor")
+    return dataclasses.replace(
+        plain,
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=_required(fields, _ORIGINAL),
+        beta_fast=field(fields, "beta_fast"),
+        beta_slow=field(fields, "beta_slow"),
+        truncate=field(fields, "truncate"),
+        attention_scaling=_yarn_attention_scaling(fields, factor),
+    )
+
+
+def _longrope(fields: Mapping[str, Any], config: Mapping[str, Any], plain: Rope) -> Rope:
+    """LongRoPE with the short factors, those of sequences no longer than the original length.
+
+    Which factors hold depends on the length of the whole sequence; hf_config.decoder ends
+    max_length where the short ones end.
+    """
+    pairs = plain.rotary_dim // 2
+    for name in ("short_factor", "long_factor"):  # the latter is not used, but shows damage
+        _has(fields, name)
+        factors = listed(fields, name)
+        if len(factors) != pairs:
+            raise TargetError(
+                f"config.json: the rope scaling has {len(factors)} {name.replace('_', ' ')}s "
+                f"for {pairs} pairs"
+            )
+        for factor in factors:
+            if (
+                isinstance(factor, bool)
+                or not isinstance(factor, int | float)
+                or not (2.0**-100 < factor < 2.0**100)
+            ):
+                raise TargetError(
+                    f"config.json: {name} must be a list of numbers above 0, not of {shown(factor)}"
+                )
+    original = _required(fields, _ORIGINAL)
+    factor = field(fields, "factor", field(config, "max_position_embeddings") / original)
+    # Ding et al. 2024, as transformers' _compute_longrope_parameters has it.
+    scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return dataclasses.replace(
+        plain,
+        rope_type="longrope",
+        original_max_position_embeddings=original,
+        short_factor=tuple(float(factor) for factor in fields["short_factor"]),
+        attention_scaling=field(fields, "attention_factor", scaling),
+    )
+
+
+def _check_frequencies(rope: Rope) -> None:
+    """TargetError where the fields, each in its range, give no frequencies together."""
+    try:
+        with np.errstate(all="ignore"):
+            values = frequencies(rope)
+    except (OverflowError, ValueError, ZeroDivisionError):  # of the logarithms of yarn's ramp
+        values = np.array([np.nan])
+    if not np.isfinite(values).all():
+        raise TargetError(
+            f"config.json: the rotary embedding has no finite frequencies: rope_theta {rope.theta} "
+            f"and the rope scaling of type '{rope.rope_type}' do not fit together"
+        )
+
+
+def rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """All spellings of rope as one dict without nulls; TargetError where they contradict."""
-    scaled, new = _spelled(config, "rope_scaling"), _spelled(config, "rope_parameters")
-    outer = {
+    scaling, parameters = (
+        _known_keys(config, name) for name in ("rope_scaling", "rope_parameters")
+    )
+    beside = {
         name: config[name]
         for name in ("rope_theta", "partial_rotary_factor")
         if config.get(name) is not None
     }
-    for name, inner in (("rope_scaling", scaled), ("rope_parameters", new)):
-        _agree(f"{name} and the fields beside it", inner, outer, outer.keys() & inner.keys())
-    if scaled and new:  # readers take one or the other
-        old = scaled | outer
-        _agree("rope_parameters and rope_scaling", new | outer, old, old.keys() | new.keys())
-    said = outer | scaled | new
-    if _ORIGINAL in _KEYS[said.get("rope_type", "default")] and config.get(_ORIGINAL) is not None:
+    for name, inner in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        _check_equal(f"{name} and the fields beside it", inner, beside, beside.keys() & inner)
+    if scaling and parameters:  # readers take one or the other
+        older = scaling | beside
+        keys = older.keys() | parameters.keys()
+        _check_equal("rope_parameters and rope_scaling", parameters | beside, older, keys)
+    fields = beside | scaling | parameters
+    rope_type = fields.get("rope_type", default("rope_type"))
+    if _ORIGINAL in _KEYS[rope_type] and config.get(_ORIGINAL) is not None:
         top = {_ORIGINAL: config[_ORIGINAL]}
-        _agree("the rope scaling and the fields beside it", said, top, top.keys() & said.keys())
-        said |= top
-    return said
+        _check_equal("the rope scaling and the fields beside it", fields, top, top.keys() & fields)
+        fields |= top
+    return fields
 
 
-def _spelled(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """rope_scaling or rope_parameters, with known keys only and `rope_type` for the kind."""
-    said = {
+def _known_keys(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """rope_scaling or rope_parameters without nulls, with `rope_type` for either spelling of it."""
+    fields = {
         key: value
         for key, value in mapping(config, name).items()
-        if value is not None and key not in _IMAGES
+        if value is not None and key not in _IMAGE_KEYS
     }
-    if "type" in said:  # the spelling before rope_type
-        if said.setdefault("rope_type", said["type"]) != said["type"]:
+    if "type" in fields:  # the spelling before rope_type
+        if fields.setdefault("rope_type", fields["type"]) != fields["type"]:
             raise TargetError(
-                f"config.json contradicts itself: rope type '{said['type']}' and rope_type "
-                f"'{said['rope_type']}'"
+                f"config.json contradicts itself: rope type {shown(fields['type'])} and rope_type "
+                f"{shown(fields['rope_type'])}"
             )
-        del said["type"]
-    if said.keys() - _PLAIN:
-        _there(said, "rope_type")
-    if said.get("rope_type") == "su":  # the first name
-        said["rope_type"] = "longrope"
-    kind = said.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in _KEYS:
+        del fields["type"]
+    if fields.keys() - _PLAIN_KEYS:
+        _has(fields, "rope_type")
+    if fields.get("rope_type") == "su":  # longrope's first name
+        fields["rope_type"] = "longrope"
+    rope_type = fields.get("rope_type", default("rope_type"))
+    if not isinstance(rope_type, str) or rope_type not in _KEYS:
         raise TargetError(
-            f"config.json: rope scaling {kind!r} is not supported; known are {', '.join(_KEYS)}"
+            f"config.json: rope scaling {shown(rope_type)} is not supported; known are "
+            f"{', '.join(_KEYS)}"
         )
-    unknown = sorted(said.keys() - _PLAIN - _KEYS[kind])
+    unknown = sorted(fields.keys() - _PLAIN_KEYS - _KEYS[rope_type])
     if unknown:
         raise TargetError(
-            f"config.json: {name} has '{unknown[0]}' {said[unknown[0]]!r}, which is not known for "
-            f"rope_type '{kind}'{_HINTS.get(unknown[0], '')}"
+            f"config.json: {name} has '{unknown[0]}' {shown(fields[unknown[0]])}, which is not "
+            f"known for rope_type '{rope_type}'{_HINTS.get(unknown[0], '')}"
         )
-    return said
+    return fields
 
 
-def _agree(places: str, one: Mapping[str, Any], other: Mapping[str, Any], keys: Any) -> None:
+def _check_equal(
+    places: str, one: Mapping[str, Any], other: Mapping[str, Any], keys: Collection[str]
+) -> None:
     differing = [
-        f"{key} ({one.get(key)!r} and {other.get(key)!r})"
+        f"{key} ({shown(one.get(key))} and {shown(other.get(key))})"
         for key in sorted(keys)
         if one.get(key) != other.get(key)
     ]
@@ -147,77 +235,54 @@ def _agree(places: str, one: Mapping[str, Any], other: Mapping[str, Any], keys: 
 
 
 def _rotary_dim(
-    config: Mapping[str, Any], said: Mapping[str, Any], size: int, partial: float | None
+    config: Mapping[str, Any], fields: Mapping[str, Any], size: int, partial: float | None
 ) -> int:
-    """Dimensions of a head of `size` that are turned: in pairs, and some."""
+    """How many of a head's `size` dimensions are rotated: an even number, at least two."""
     name = "partial_rotary_factor"
-    if partial and name in config and config[name] is None and name not in said:
+    if partial and name in config and config[name] is None and name not in fields:
         raise TargetError(f"config.json: {name} is null, which readers take for different numbers")
-    share = number(said, name, partial or 1.0)
+    share = field(fields, name, partial or default(name))
     if partial is None and share != 1:
         raise TargetError(
-            f"config.json: {name} {said[name]!r} is not known here: this family turns whole heads"
+            f"config.json: {name} {shown(fields[name])} is not known here: this family rotates "
+            f"whole heads"
         )
-    turned = int(size * share)
-    if share > 1 or turned < 2 or turned % 2:
+    rotary_dim = int(size * share)
+    if share > 1 or rotary_dim < 2 or rotary_dim % 2:
         raise TargetError(
-            f"config.json: {turned} of a head's {size} dimensions (head_dim x {name} {share}) "
-            f"cannot be turned in pairs"
+            f"config.json: {rotary_dim} of a head's {size} dimensions (head_dim x {name} {share}) "
+            f"cannot be rotated in pairs"
         )
-    return turned
+    return rotary_dim
 
 
-def _there(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    if name not in said:
-        raise TargetError(f"config.json: the rope scaling {dict(said)} has no field '{name}'")
-    return said
+def _has(fields: Mapping[str, Any], name: str) -> None:
+    if name not in fields:
+        raise TargetError(f"config.json: the rope scaling {shown(fields)} has no field '{name}'")
 
 
-def _number(said: Mapping[str, Any], name: str) -> float:
-    return number(_there(said, name), name)
+def _required(fields: Mapping[str, Any], name: str) -> Any:
+    _has(fields, name)
+    return field(fields, name)
 
 
-def _longrope(said: Mapping[str, Any], config: Mapping[str, Any], common: dict[str, Any]) -> Rope:
-    """The short factors: those of sequences no longer than the original length.
-
-    Which set holds depends on the length of the whole sequence; hf_config.decoder ends max_length
-    where the short ones end.
-    """
-    pairs = common["rotary_dim"] // 2
-    for name in ("short_factor", "long_factor"):  # the latter is not used, but shows damage
-        factors = listed(_there(said, name), name)
-        if len(factors) != pairs:
-            raise TargetError(
-                f"config.json: the rope scaling has {len(factors)} {name.replace('_', ' ')}s "
-                f"for {pairs} pairs"
-            )
-        for factor in factors:
-            number({name: factor}, name)
-    original = field(_there(said, _ORIGINAL), _ORIGINAL, least=2)
-    factor = number(said, "factor", field(config, "max_position_embeddings") / original)
-    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return Rope(
-        **common,
-        original_max_position_embeddings=original,
-        short_factor=tuple(float(factor) for factor in said["short_factor"]),
-        attention_scaling=number(said, "attention_factor", usual),
-    )
+def mla_score_factor(config: Mapping[str, Any]) -> float:
+    """DeepSeek: yarn's `mscale_all_dim` also scales the scores, by the square of this factor."""
+    fields = rope_fields(config)
+    all_dim = field(fields, "mscale_all_dim")
+    return _mscale(_required(fields, "factor"), all_dim) if all_dim else 1.0
 
 
-def latent_sharpening(config: Mapping[str, Any]) -> float:
-    """DeepSeek: yarn's `mscale_all_dim` also sharpens the scores."""
-    said = scaling(config)
-    all_dim = number(said, "mscale_all_dim", 0.0)
-    return _mscale(_number(said, "factor"), all_dim) if all_dim else 1.0
+def _mscale(factor: float, mscale: float = 1.0) -> float:
+    """transformers' get_mscale: 0.1 mscale ln(factor) + 1 (Peng et al. 2023, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _mscale(factor: float, by: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
-
-
-def _yarn_attention_scaling(said: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention_scaling(fields: Mapping[str, Any], factor: float) -> float:
     """0.1 ln(factor) + 1, unless the file gives it or its two mscales (DeepSeek's form)."""
-    one, all_dim = (number(said, name, 0.0) for name in ("mscale", "mscale_all_dim"))
-    two = one and all_dim
-    usual = _mscale(factor, one) / _mscale(factor, all_dim) if two else _mscale(factor)
-    return number(said, "attention_factor", usual)
+    mscale, all_dim = (field(fields, name) for name in ("mscale", "mscale_all_dim"))
+    if mscale and all_dim:
+        scaling = _mscale(factor, mscale) / _mscale(factor, all_dim)
+    else:
+        scaling = _mscale(factor)
+    return field(fields, "attention_factor", scaling)

@@ -1,8 +1,8 @@
-"""How tokens see each other: softmax attention, latent attention, gated delta rule.
+"""How tokens see each other: softmax attention, multi-head latent attention, gated delta rule.
 
-A mixer makes queries, keys and values from the normed state h [B, T, H] and gives them to a
-context, which knows what may be seen: PackedContext for packed documents in training, the cache of
-decoding/target_model.py. What comes back is projected to [B, T, H].
+A mixer makes queries, keys and values from the normalized state h [B, T, H] and gives them to a
+context, which knows what each token may see: PackedContext for packed documents in training, the
+cache of decoding/target_model.py. What comes back is projected to [B, T, H].
 
 B batch, T sequence, H hidden size, N heads, M key/value heads, d head size.
 """
@@ -72,17 +72,17 @@ def attention(
     h: jax.Array, w: Tree, a: Attention, eps: float, offset: float, rotary: Rotary,
     context: Context, cache: Any,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Attention's switches in the order in which they act -> [B, T, H], new cache."""
+    """Softmax attention (GQA), its switches in the order in which they act -> [B, T, H], cache."""
 
     def project(name: str, count: int) -> jax.Array:
         y = linear(h, w[name], w.get(name + "_bias"))
-        if a.qk_norm == "whole" and name != "v":
+        if a.qk_norm == "all_heads" and name != "v":
             y = rms_norm(y, w[name + "_norm"], eps, offset)
         y = y.reshape(*h.shape[:2], count, -1)
         axis = "target_heads" if name == "q" else "target_kv_heads"
         return constrain(y, "target_batch", None, axis, None)
 
-    def placed(name: str, y: jax.Array) -> jax.Array:  # in every head: norm, then position
+    def normed_and_rotated(name: str, y: jax.Array) -> jax.Array:
         if a.qk_norm == "head":
             y = rms_norm(y, w[name + "_norm"], eps, offset)
         if a.rope:
@@ -92,9 +92,10 @@ def attention(
     q, gate = project("q", a.num_heads), None
     if a.gated:
         q, gate = jnp.split(q, 2, axis=-1)
-    q, k = placed("q", q), placed("k", project("k", a.num_kv_heads))
-    if a.tempered:
-        floor, scale = a.tempered
+    q = normed_and_rotated("q", q)
+    k = normed_and_rotated("k", project("k", a.num_kv_heads))
+    if a.attn_temperature_tuning:
+        floor, scale = a.attn_temperature_tuning
         growth = jnp.log1p(jnp.floor((context.positions + 1.0) / floor)) * scale + 1.0
         q = (q * growth[..., None, None]).astype(q.dtype)
     scoring = Scoring(a.scale, a.softcap, a.window, a.chunk)
@@ -113,7 +114,7 @@ def mla(
     k = [k_nope, rope(k_rope) for all heads]  k_nope, v from W_kvb norm(c), [c, k_rope] = W_kva h
     """
 
-    def turned(x: jax.Array) -> jax.Array:
+    def rotated(x: jax.Array) -> jax.Array:
         return rotate(x, *rotary[a.rope], a.rope.interleaved)
 
     def heads(x: jax.Array) -> jax.Array:
@@ -125,10 +126,10 @@ def mla(
         q = heads(linear(compressed, w["q_b"]))
     else:
         q = heads(linear(h, w["q"]))
-    q = jnp.concatenate([q[..., : a.qk_nope_head_dim], turned(q[..., a.qk_nope_head_dim :])], -1)
+    q = jnp.concatenate([q[..., : a.qk_nope_head_dim], rotated(q[..., a.qk_nope_head_dim :])], -1)
 
     compressed = linear(h, w["kv_a"], w.get("kv_a_bias"))
-    k_rope = turned(compressed[..., None, a.kv_lora_rank :])
+    k_rope = rotated(compressed[..., None, a.kv_lora_rank :])
     kv = heads(
         linear(rms_norm(compressed[..., : a.kv_lora_rank], w["kv_a_norm"], a.norm_eps), w["kv_b"])
     )
@@ -143,9 +144,9 @@ def mla(
 def delta_net(
     h: jax.Array, w: Tree, a: DeltaNet, eps: float, context: Context, cache: Any
 ) -> tuple[jax.Array, Any]:
-    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) as Qwen3-Next has it."""
+    """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) as Qwen3-Next computes it."""
     B, T, _ = h.shape
-    if a.fused:  # the files group everything by key head
+    if a.fused:  # the tensors hold everything that belongs to one key head together
         group = linear(h, w["qkvz"]).reshape(B, T, a.num_k_heads, -1)
         values = a.num_v_heads // a.num_k_heads * a.v_dim
         cuts = [a.k_dim, 2 * a.k_dim, 2 * a.k_dim + values]

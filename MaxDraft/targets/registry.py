@@ -8,17 +8,19 @@ from typing import Any
 
 from MaxDraft.targets import families
 from MaxDraft.targets.dims import DecoderDims, TargetError
-from MaxDraft.targets.fields import mapping
+from MaxDraft.targets.fields import mapping, shown
+
+_MAX_DEPTH = 16  # of objects and lists within each other; published files have four
 
 
-def _found() -> dict[str, ModuleType]:
+def _families_by_model_type() -> dict[str, ModuleType]:
     names = [info.name for info in pkgutil.iter_modules(families.__path__)]
     modules = [importlib.import_module(f"{families.__name__}.{name}") for name in names]
     return {model_type: module for module in modules for model_type in module.MODEL_TYPES}
 
 
-FAMILIES = _found()  # model_type -> its family's module
-_ROPE = (
+FAMILIES = _families_by_model_type()
+_ROPE_FIELDS = (
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
@@ -28,45 +30,85 @@ _ROPE = (
 )
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's part of config.json, with what its family's files leave out.
-
-    Multimodal checkpoints nest it in `text_config`; what only the outer part says, as the
-    quantization or the end-of-text tokens, holds for it too.
-    """
-    inner = mapping(config, "text_config")
-    if inner:
-        for name in _ROPE:
-            if config.get(name) not in (None, inner.get(name)):
-                raise TargetError(
-                    f"config.json contradicts itself: {name} is {config[name]!r}, and in "
-                    f"text_config, which holds, {inner.get(name)!r}"
-                )
-        outer = {
-            key: value
-            for key, value in config.items()
-            if key == "quantization_config" or not isinstance(value, Mapping)
-        }
-        open_ = {key for key, value in inner.items() if value is None and key in outer}
-        said = outer | {key: value for key, value in inner.items() if key not in open_}
-    else:
-        said = dict(config)
-    model_type = said.get("model_type")
-    if not isinstance(model_type, str | None):
-        raise TargetError(f"config.json: model_type must be text, not {model_type!r}")
-    unsaid = dict(getattr(FAMILIES.get(model_type), "DEFAULTS", {}).get(model_type, {}))
-    ropes = [mapping(said, part) for part in ("rope_scaling", "rope_parameters")]
-    if any("rope_theta" in rope for rope in ropes):
-        unsaid.pop("rope_theta", None)
-    return unsaid | said
-
-
 def dims_from_config(config: Mapping[str, Any]) -> DecoderDims:
-    """Dimensions of the target described by a Hugging Face config.json."""
+    """Dimensions of the target that a Hugging Face config.json describes.
+
+    TargetError, and no other error, where the target is not one that this decoder computes as
+    transformers does; the message names the field.
+    """
     config = text_config(config)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise TargetError(
-            f"config.json has model_type '{model_type}'; known families are {sorted(FAMILIES)}"
+            f"config.json has model_type {shown(model_type)}; known families are {sorted(FAMILIES)}"
         )
     return FAMILIES[model_type].dims(config)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's part of config.json, with its family's defaults for absent fields.
+
+    Multimodal checkpoints nest that part in `text_config`; the fields that only the outer part has,
+    such as the quantization or the end-of-text tokens, hold for the language model too.
+    """
+    if not isinstance(config, Mapping):
+        raise TargetError(f"config.json must be an object of fields, not {shown(config)}")
+    _check_depth(config)
+    inner = mapping(config, "text_config")
+    fields = _with_outer_fields(config, inner) if inner else dict(config)
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise TargetError(f"config.json: model_type must be text, not {shown(model_type)}")
+    defaults = getattr(FAMILIES.get(model_type), "DEFAULTS", {}).get(model_type, {})
+    nested = _thetas_in_rope(fields)
+    return {name: value for name, value in defaults.items() if name not in nested} | fields
+
+
+def _with_outer_fields(config: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
+    """text_config with those fields of the outer part that it lacks or has as null."""
+    for name in _ROPE_FIELDS:
+        # transformers may have written a field beside rope_parameters, inside of it, or both.
+        if config.get(name) is None:
+            continue
+        values = [inner.get(name), mapping(inner, "rope_parameters").get(name)]
+        values = [value for value in values if value is not None] or [None]
+        if any(value != config[name] for value in values):
+            raise TargetError(
+                f"config.json contradicts itself: {name} is {shown(config[name])}, and in "
+                f"text_config, which holds, {shown(values[0])}"
+            )
+    outer = {
+        key: value
+        for key, value in config.items()
+        if key == "quantization_config" or not isinstance(value, Mapping)
+    }
+    open_fields = {key for key, value in inner.items() if value is None and key in outer}
+    return outer | {key: value for key, value in inner.items() if key not in open_fields}
+
+
+def _thetas_in_rope(fields: Mapping[str, Any]) -> set[str]:
+    """The thetas that stand inside of a rope object, which a default beside it would contradict.
+
+    Where full and windowed layers have objects of their own, either may hold one.
+    """
+    names: set[str] = set()
+    for spelling in ("rope_scaling", "rope_parameters"):
+        rope = mapping(fields, spelling)
+        names |= rope.keys() & {"rope_theta"}
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            names |= {"rope_theta", "rope_local_base_freq"}
+    return names
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """TargetError where objects and lists are nested so deeply that comparing them would fail."""
+    level: list[Any] = [config]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            if isinstance(value, Mapping | list | tuple)
+            for child in (value.values() if isinstance(value, Mapping) else value)
+        ]
+    if level:
+        raise TargetError(f"config.json: objects and lists are nested more than {_MAX_DEPTH} deep")

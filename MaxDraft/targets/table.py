@@ -183,9 +183,9 @@ class _Layer:
         if a.output_bias:
             table["o_bias"] = self.bias("o", H)
         if a.qk_norm:
-            whole = a.qk_norm == "whole"
-            table["q_norm"] = self.norm("q_norm", q_size if whole else a.head_dim)
-            table["k_norm"] = self.norm("k_norm", kv_size if whole else a.head_dim)
+            all_heads = a.qk_norm == "all_heads"
+            table["q_norm"] = self.norm("q_norm", q_size if all_heads else a.head_dim)
+            table["k_norm"] = self.norm("k_norm", kv_size if all_heads else a.head_dim)
         if a.sinks:
             table["sinks"] = self.vector("sinks", a.num_heads, init="zeros")
         return table
@@ -205,9 +205,9 @@ class _Layer:
             "kv_a": self.matrix("kv_a", H, a.kv_lora_rank + a.qk_rope_head_dim, (EMBED, None)),
             "kv_a_norm": self.vector("kv_a_norm", a.kv_lora_rank),
             "kv_b": self.matrix(
-                "kv_b", a.kv_lora_rank, N * (a.qk_nope_head_dim + a.v_dim), (None, HEADS)
+                "kv_b", a.kv_lora_rank, N * (a.qk_nope_head_dim + a.v_head_dim), (None, HEADS)
             ),
-            "o": self.matrix("o", N * a.v_dim, H, (HEADS, EMBED)),
+            "o": self.matrix("o", N * a.v_head_dim, H, (HEADS, EMBED)),
         }
         if a.bias:
             if a.q_lora_rank:

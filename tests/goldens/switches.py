@@ -71,10 +71,10 @@ def _whole_head(rope, mixer):
 
 
 def _one_rope(dims):
-    return _mixer(rope=next(layer.mixer.rope for layer in dims.layers if _turned(layer)))(dims)
+    return _mixer(rope=next(layer.mixer.rope for layer in dims.layers if _has_rope(layer)))(dims)
 
 
-def _turned(layer):
+def _has_rope(layer):
     return getattr(layer.mixer, "rope", None) is not None
 
 
@@ -86,7 +86,7 @@ SWITCHES = {
     "sinks": _mixer(sinks=False),
     "q/k norm": _mixer(qk_norm=""),
     "q/k l2 norm": _mixer(l2_norm=False),
-    "temperature": _mixer(tempered=None),
+    "temperature": _mixer(attn_temperature_tuning=None),
     "gated output": _mixer(gated=False),
     "q/k/v bias": _mixer(qkv_bias=False),
     "o bias": _mixer(output_bias=False),

@@ -29,6 +29,9 @@ from MaxDraft.convert.target.quantization_config import (
     quantization_of,
 )
 from MaxDraft.layers.params import Tree, flatten
+from MaxDraft.targets.fields import default
+from MaxDraft.targets.model_file import agrees
+from MaxDraft.targets.registry import text_config
 
 ROPE_FIELDS = (
     "rope_theta",
@@ -38,38 +41,12 @@ ROPE_FIELDS = (
     "partial_rotary_factor",
 )
 _SCALING_FIELDS = ("rope_scaling", "rope_parameters")
-# What a field that config.json leaves out means there; in a few families something else.
-_UNSAID = {
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "use_sliding_window": False,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "n_group": 1,
-    "topk_group": 1,
-}
-_UNSAID_IN = {
-    "glm4": {"attention_bias": True},
-    "gpt_oss": {"attention_bias": True},
-    "qwen2_moe": {"qkv_bias": True},
-    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
-}
 # Two names of one field, by the version of transformers that wrote it.
 _SYNONYMS = {
     "num_experts": "num_local_experts",
     "num_local_experts": "num_experts",
     "hidden_act": "hidden_activation",
     "hidden_activation": "hidden_act",
-}
-_UNSAID_ROPE = {
-    "rope_type": "default",
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "truncate": True,
-    "partial_rotary_factor": 1.0,
 }
 _EMBEDDING = "embed_tokens.weight"
 # What multimodal checkpoints put for "model." before the language model's tensors.
@@ -111,18 +88,15 @@ def check_target_config(
     """One CheckpointError that names each field in which config.json differs from a model YAML.
 
     expected: the `target_config` of `model_file`. config: of the language model, in a multimodal
-    checkpoint its text_config. All spellings of rope are compared by what they say, and a field
-    that config.json leaves out by what that means.
+    checkpoint its text_config. All spellings of rope are compared by their values, and an absent
+    field by what it means (targets/fields.py). A model file may list values of several releases.
     """
+    config = text_config(config)
     lines = []
-    for field in expected:
-        if field in ROPE_FIELDS:
-            continue
-        found = _effective(config, field)
-        wanted = expected[field]
-        wanted = list(wanted) if isinstance(wanted, tuple) else wanted  # a frozen YAML list
-        if found != wanted:
-            lines.append(_line(field, wanted, found))
+    for field, wanted in expected.items():
+        value = _effective(config, field)
+        if field not in ROPE_FIELDS and not agrees(field, wanted, value):
+            lines.append(_line(field, wanted, value))
     lines += _rope_differences(expected, config)
     if lines:
         raise CheckpointError(
@@ -139,10 +113,11 @@ def _effective(config: Mapping[str, Any], field: str) -> Any:
         return config.get("num_attention_heads")
     if field == "head_dim" and config.get("hidden_size") and config.get("num_attention_heads"):
         return config["hidden_size"] // config["num_attention_heads"]
-    return (_UNSAID | _UNSAID_IN.get(config.get("model_type"), {})).get(field)
+    return default(field)
 
 
 def _line(field: str, expected: Any, found: Any) -> str:
+    expected = list(expected) if isinstance(expected, tuple) else expected  # a frozen YAML list
     there = "does not have it" if found is None else f"has {found!r}"
     return f"{field}: the model file has {expected!r}, config.json {there}"
 
@@ -156,21 +131,18 @@ def _rope_differences(expected: Mapping[str, Any], config: Mapping[str, Any]) ->
         fields = wanted.keys()  # the model file is silent about the scaling
     fields = {field for field in fields if field in wanted or not field.endswith("rope_theta")}
     values = {
-        field: tuple(
-            rope.get(field, _UNSAID_ROPE.get(field.split(".")[-1])) for rope in (wanted, found)
-        )
+        field: tuple(rope.get(field, default(field.split(".")[-1])) for rope in (wanted, found))
         for field in sorted(fields)
     }
-    return [_line(field, a, b) for field, (a, b) in values.items() if a != b]
+    return [_line(field, a, b) for field, (a, b) in values.items() if not agrees(field, a, b)]
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """All spellings of rope as one flat dict, without nulls.
 
-    Where full and windowed layers are turned differently, the fields are full_attention.rope_theta,
-    sliding_attention.rope_theta and so on.
+    Where full and windowed layers have rotary embeddings of their own, the fields are
+    full_attention.rope_theta, sliding_attention.rope_theta and so on.
     """
-    config = _UNSAID_IN.get(config.get("model_type"), {}) | dict(config)
     outer = {
         field: config.get(field)
         for field in ("rope_theta", "partial_rotary_factor")

@@ -1,7 +1,7 @@
-"""Gemma 2 and 3, text: norms times 1 + weight, before and after; scaled embeddings; windows.
+"""Gemma 2 and 3, text: norms multiply by 1 + weight, before and after; scaled embeddings; windows.
 
-Gemma 2 caps scores and logits. Gemma 3 norms queries and keys, and its windowed layers turn heads
-by a rotary embedding of their own.
+Gemma 2 caps scores and logits. Gemma 3 normalizes queries and keys, and its windowed layers have a
+rotary embedding of their own.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,23 @@ from MaxDraft.layers.params import TensorLayout
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer, TargetError
-from MaxDraft.targets.fields import field, flag, mapping, number, require
+from MaxDraft.targets.fields import field, mapping, require, shown
 
 MODEL_TYPES = ("gemma2", "gemma3_text")
-# What the published files leave out, as their reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {
     "gemma2": {
         "rope_theta": 10_000.0,
+        "sliding_window_pattern": 2,
         "tie_word_embeddings": True,
         "hidden_activation": "gelu_pytorch_tanh",
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
     "gemma3_text": {
+        "rope_theta": 1_000_000.0,  # of the layers that see everything
+        "rope_local_base_freq": 10_000.0,  # of the windowed layers
+        "sliding_window_pattern": 6,
         "tie_word_embeddings": True,
         "vocab_size": 262208,
         "num_attention_heads": 8,
@@ -45,35 +49,32 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         require(config, sliding_window_pattern=2)
     else:  # transformers reads no cap of the scores, others may
         require(config, attn_logit_softcapping=None)
-    every = field(config, "sliding_window_pattern", 2 if config["model_type"] == "gemma2" else 6)
-    unsaid = [
+    every = field(config, "sliding_window_pattern")
+    kinds = [
         "sliding_attention" if (i + 1) % every else "full_attention"
         for i in range(field(config, "num_hidden_layers"))
     ]
-    bias = flag(config, "attention_bias", False)
+    bias = field(config, "attention_bias")
     switches = {
         "qkv_bias": bias,
         "output_bias": bias,
-        "scale": number(config, "query_pre_attn_scalar") ** -0.5,
-        "softcap": number(config, "attn_logit_softcapping", 0.0),
+        "scale": field(config, "query_pre_attn_scalar") ** -0.5,
+        "softcap": field(config, "attn_logit_softcapping"),
         "qk_norm": "head" if config["model_type"] == "gemma3_text" else "",
     }
     mlp = hf_config.mlp(config, act="hidden_activation")
-    windows = hf_config.windows(config, unsaid)
-    layers = [
-        Layer(
-            hf_config.attention(config, rope=_rope(config, window), window=window, **switches),
-            mlp,
-            post_norms=True,
-        )
-        for window in windows
-    ]
+    windows = hf_config.windows(config, absent=kinds)
+    mixers = {
+        window: hf_config.attention(config, rope=_rope(config, window), window=window, **switches)
+        for window in set(windows)
+    }
+    layers = [Layer(mixers[window], mlp, post_norms=True) for window in windows]
     return hf_config.decoder(
         config,
         layers,
         norm_offset=1.0,
         embed_scale=field(config, "hidden_size") ** 0.5,
-        logit_softcap=number(config, "final_logit_softcapping", 0.0),
+        logit_softcap=field(config, "final_logit_softcapping"),
         names=(("mlp_norm", (TensorLayout("pre_feedforward_layernorm.weight"),)),),
     )
 
@@ -82,29 +83,29 @@ def _rope(config: Mapping[str, Any], window: int) -> Rope:
     """Gemma 3 has two: nested by kind of layer, or `rope_local_base_freq` in older files."""
     if config["model_type"] == "gemma2":
         return hf_config.rope(config)
-    nested = mapping(config, "rope_parameters")
-    if nested.keys() - {"sliding_attention", "full_attention"}:
+    by_kind = mapping(config, "rope_parameters")
+    if by_kind.keys() - {"sliding_attention", "full_attention"}:
         raise TargetError(
-            f"config.json: rope_parameters {dict(nested)} must say it of sliding_attention and "
-            f"full_attention apart"
+            f"config.json: rope_parameters {shown(by_kind)} must have those of sliding_attention "
+            f"and of full_attention apart"
         )
-    rest = ("head_dim", "max_position_embeddings", "partial_rotary_factor")
-    own = {name: config.get(name) for name in rest}
+    others = ("head_dim", "max_position_embeddings", "partial_rotary_factor")
+    own = {name: config.get(name) for name in others}
     if window:
-        kind, theta, unsaid = "sliding_attention", "rope_local_base_freq", 10_000.0
+        kind, theta_name = "sliding_attention", "rope_local_base_freq"
     else:
-        kind, theta, unsaid = "full_attention", "rope_theta", 1_000_000.0
+        kind, theta_name = "full_attention", "rope_theta"
         own["rope_scaling"] = config.get("rope_scaling")
-    said = mapping(nested, kind)
-    own["rope_theta"] = (
-        said.get("rope_theta", unsaid) if config.get(theta) is None else config[theta]
-    )
-    if said.get("rope_theta", own["rope_theta"]) != own["rope_theta"]:
+    parameters = mapping(by_kind, kind)
+    nested, beside = parameters.get("rope_theta"), config.get(theta_name)
+    if None not in (nested, beside) and nested != beside:
         raise TargetError(
-            f"config.json contradicts itself: {theta} is {config[theta]!r}, and in rope_parameters "
-            f"{said['rope_theta']!r}"
+            f"config.json contradicts itself: {theta_name} is {shown(beside)}, and in "
+            f"rope_parameters {shown(nested)}"
         )
-    rope = hf_config.rope(own | {"rope_parameters": said})
+    thetas = (beside, nested, DEFAULTS["gemma3_text"][theta_name])
+    own["rope_theta"] = next(theta for theta in thetas if theta is not None)
+    rope = hf_config.rope(own | {"rope_parameters": parameters})
     if not rope.truncate:  # transformers does not look for it inside of a kind
         raise TargetError("config.json: truncate False is not known for gemma3_text, only True")
     return rope

@@ -1,4 +1,4 @@
-"""GLM-4-0414 (dense): half of every head is turned, in interleaved pairs; sandwich norms."""
+"""GLM-4-0414 (dense): half of every head is rotated, in interleaved pairs; sandwich norms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
-from MaxDraft.targets.fields import field, flag
+from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("glm4",)
-# What a file leaves out, as the reference code has it.
-DEFAULTS = {"glm4": {"rope_theta": 10_000.0}}
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
+DEFAULTS = {"glm4": {"attention_bias": True, "rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -18,7 +18,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     mixer = hf_config.attention(
         config,
         rope=hf_config.rope(config, partial=0.5, interleaved=True),
-        qkv_bias=flag(config, "attention_bias", True),
+        qkv_bias=field(config, "attention_bias"),
     )
     layer = Layer(mixer, hf_config.mlp(config), post_norms=True)
     return hf_config.decoder(
@@ -33,7 +33,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
 
 
 def fused_mlp(size: int) -> tuple[tuple[str, tuple[TensorLayout, ...]], ...]:
-    """Where gate and up of `size` outputs each lie, one after the other, in one tensor."""
+    """The layouts of gate and up, of `size` outputs each, one after the other in one tensor."""
     name = "mlp.gate_up_proj.weight"
     return (
         ("mlp/gate", (TensorLayout(name, True, Part(0, 2 * size)),)),

@@ -9,16 +9,23 @@ from MaxDraft.targets.families import deepseek
 from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("glm4_moe_lite",)
-# What a file leaves out, as the reference code has it.
-DEFAULTS = {"glm4_moe_lite": {"n_group": 1, "topk_group": 1, "rope_theta": 10_000.0}}
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
+DEFAULTS = {
+    "glm4_moe_lite": {
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_theta": 10_000.0,
+    }
+}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     count = field(config, "num_hidden_layers")
-    dense = field(config, "first_k_dense_replace", 1, least=0)
-    unsaid = ["dense"] * dense + ["sparse"] * (count - dense)
-    kinds = hf_config.kinds(config, ("dense", "sparse"), unsaid, "mlp_layer_types")
+    dense = field(config, "first_k_dense_replace")
+    first = ["dense"] * dense + ["sparse"] * (count - dense)
+    kinds = hf_config.layer_kinds(config, ("dense", "sparse"), first, "mlp_layer_types")
     feed_forward = {
         "dense": hf_config.mlp(config),
         "sparse": deepseek.experts(config, deepseek.sigmoid_router(config)),

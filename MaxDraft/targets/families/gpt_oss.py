@@ -9,11 +9,11 @@ from typing import Any
 from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
-from MaxDraft.targets.fields import field, flag, require
+from MaxDraft.targets.fields import field, require
 
 MODEL_TYPES = ("gpt_oss",)
-# What a file leaves out, as the reference code has it.
-DEFAULTS = {"gpt_oss": {"rope_theta": 150_000.0}}
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
+DEFAULTS = {"gpt_oss": {"attention_bias": True, "rope_theta": 150_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -21,7 +21,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     require(config, swiglu_limit=7.0, swiglu_alpha=1.702)
     if not (config.get("rope_scaling") or config.get("rope_parameters")):
         raise TargetError("config.json has neither 'rope_scaling' nor 'rope_parameters'")
-    bias = flag(config, "attention_bias", True)
+    bias = field(config, "attention_bias")
     switches = {"qkv_bias": bias, "output_bias": bias, "sinks": True}
     size = field(config, "intermediate_size")
     moe = Experts(
@@ -31,9 +31,13 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         activation="clipped",
         bias=True,
     )
+    kinds = [
+        "full_attention" if i % 2 else "sliding_attention"
+        for i in range(field(config, "num_hidden_layers"))
+    ]
     layers = [
         Layer(hf_config.attention(config, window=window, **switches), moe)
-        for window in hf_config.windows(config)
+        for window in hf_config.windows(config, absent=kinds)
     ]
     gate, up, experts = Part(0, 2 * size, 2), Part(1, 2 * size, 2), "mlp.experts."
     return hf_config.decoder(

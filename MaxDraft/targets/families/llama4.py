@@ -1,7 +1,7 @@
 """Llama 4 Scout and Maverick, text: chunks with rotary embedding, each fourth layer without either.
 
-Layers without rotary embedding see everything, and sharpen their queries with the position. Experts
-are chosen by their logits' sigmoid, which weighs what goes into them.
+Layers without rotary embedding see everything, and their queries grow with the position
+(attn_temperature_tuning). The sigmoid of an expert's logit weights what goes into the expert.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,17 @@ from typing import Any
 from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import Attention, DecoderDims, Experts, Layer, Router, TargetError
-from MaxDraft.targets.fields import field, flag, listed, number
+from MaxDraft.targets.fields import field, listed, shown
 
 MODEL_TYPES = ("llama4_text",)
-# What the published files leave out, as their reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {
     "llama4_text": {
         "attention_chunk_size": 8192,
         "floor_scale": 8192,
         "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+        "use_qk_norm": True,
         "rope_theta": 500_000.0,
     }
 }
@@ -36,57 +38,61 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         shared_size=size,
     )
     mlp = hf_config.mlp(config, "intermediate_size_mlp")
-    step = field(config, "interleave_moe_layer_step", 1)
+    step = field(config, "interleave_moe_layer_step")
     sparse = hf_config.layer_numbers(config, "moe_layers")
     sparse = range(step - 1, count, step) if sparse is None else sparse
-    every = field(config, "no_rope_layer_interval", 4)
-    turned = listed(config, "no_rope_layers") or [int((i + 1) % every > 0) for i in range(count)]
-    if len(turned) != count or any(said not in (0, 1) for said in turned):
+    every = field(config, "no_rope_layer_interval")
+    # no_rope_layers has 1 for the layers that do have a rotary embedding.
+    rotary = listed(config, "no_rope_layers") or [int((i + 1) % every > 0) for i in range(count)]
+    if len(rotary) != count or any(value not in (0, 1) for value in rotary):
         raise TargetError(
-            f"config.json: no_rope_layers must say 0 or 1 of {count} layers, not {turned!r}"
+            f"config.json: no_rope_layers must have 0 or 1 for each of {count} layers, not "
+            f"{shown(rotary)}"
         )
-    _check_kinds(config, turned)
+    _check_kinds(config, rotary)
+    mixers = {has_rope: _mixer(config, has_rope) for has_rope in {bool(i) for i in rotary}}
     return hf_config.decoder(
         config,
-        [Layer(_mixer(config, bool(turned[i])), moe if i in sparse else mlp) for i in range(count)],
+        [Layer(mixers[bool(rotary[i])], moe if i in sparse else mlp) for i in range(count)],
         names=_names(size),
     )
 
 
-def _check_kinds(config: Mapping[str, Any], turned: Sequence[int]) -> None:
-    """TargetError where `layer_types` does not say what `no_rope_layers` and the chunk do."""
-    chunked = field(config, "attention_chunk_size", 0) > 0
-    expected = ["chunked_attention" if one and chunked else "full_attention" for one in turned]
-    found = hf_config.kinds(config, ("chunked_attention", "full_attention"), expected)
-    for i, (said, meant) in enumerate(zip(found, expected, strict=True)):
-        if said != meant:
+def _check_kinds(config: Mapping[str, Any], rotary: Sequence[int]) -> None:
+    """TargetError where `layer_types` contradicts `no_rope_layers` and the chunk."""
+    chunked = field(config, "attention_chunk_size") > 0
+    expected = ["chunked_attention" if one and chunked else "full_attention" for one in rotary]
+    kinds = hf_config.layer_kinds(config, ("chunked_attention", "full_attention"), expected)
+    for i, (kind, other) in enumerate(zip(kinds, expected, strict=True)):
+        if kind != other:
             raise TargetError(
-                f"config.json contradicts itself: layer_types has {said} for layer {i}, "
-                f"no_rope_layers and attention_chunk_size make it {meant}"
+                f"config.json contradicts itself: layer_types has {kind} for layer {i}, "
+                f"no_rope_layers and attention_chunk_size make it {other}"
             )
 
 
-def _tuned(config: Mapping[str, Any]) -> bool:
-    """attn_temperature_tuning: older files say 4 for true."""
+def _attn_temperature_tuning(config: Mapping[str, Any]) -> bool:
+    """Older files have 4 for true and 0 for false."""
     name = "attn_temperature_tuning"
-    if isinstance(config.get(name), bool | None):
-        return flag(config, name, True)
-    return field(config, name, least=0) > 0
+    value = config.get(name)
+    if type(value) is int and value >= 0:
+        return value > 0
+    return field(config, name)
 
 
-def _mixer(config: Mapping[str, Any], turned: bool) -> Attention:
-    bias = flag(config, "attention_bias", False)
-    tempered = None
-    if _tuned(config) and not turned:
-        tempered = (number(config, "floor_scale"), number(config, "attn_scale"))
+def _mixer(config: Mapping[str, Any], has_rope: bool) -> Attention:
+    bias = field(config, "attention_bias")
+    tuning = None
+    if _attn_temperature_tuning(config) and not has_rope:
+        tuning = (field(config, "floor_scale"), field(config, "attn_scale"))
     return hf_config.attention(
         config,
-        rope=hf_config.rope(config, interleaved=True) if turned else None,
-        chunk=field(config, "attention_chunk_size", 0) if turned else 0,
+        rope=hf_config.rope(config, interleaved=True) if has_rope else None,
+        chunk=field(config, "attention_chunk_size") if has_rope else 0,
         qkv_bias=bias,
         output_bias=bias,
-        l2_norm=turned and flag(config, "use_qk_norm", True),
-        tempered=tempered,
+        l2_norm=has_rope and field(config, "use_qk_norm"),
+        attn_temperature_tuning=tuning,
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from MaxDraft.layers.params import TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Router, TargetError
-from MaxDraft.targets.fields import field, listed, require
+from MaxDraft.targets.fields import field, listed, require, shown
 
 MODEL_TYPES = ("mixtral", "minimax_m2")
-# What a file leaves out, as the reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {"mixtral": {"rope_theta": 1_000_000.0}, "minimax_m2": {"rope_theta": 5_000_000.0}}
 _MOE = "block_sparse_moe."
 NAMES = (
@@ -37,21 +37,21 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         )
         if any(kind != 1 for kind in listed(config, "attn_type_list") or ()):
             raise TargetError(
-                f"config.json: attn_type_list {config['attn_type_list']} has other attention than "
-                f"the full one, 1"
+                f"config.json: attn_type_list {shown(config['attn_type_list'])} has another kind "
+                f"of attention than 1, the full one"
             )
         head_dim = field(config, "head_dim")
-        turned = field(config, "rotary_dim", head_dim)
-        rope = hf_config.rope(config, partial=turned / head_dim)
-        if config.get("rotary_dim") and rope.rotary_dim != turned:
+        rotary_dim = field(config, "rotary_dim", absent=head_dim)
+        rope = hf_config.rope(config, partial=rotary_dim / head_dim)
+        if config.get("rotary_dim") and rope.rotary_dim != rotary_dim:
             raise TargetError(
-                f"config.json contradicts itself: rotary_dim {turned}, and partial_rotary_factor "
-                f"makes it {rope.rotary_dim}"
+                f"config.json contradicts itself: rotary_dim {rotary_dim}, and "
+                f"partial_rotary_factor makes it {rope.rotary_dim}"
             )
-        mixer = hf_config.attention(config, rope=rope, qk_norm="whole")
+        mixer = hf_config.attention(config, rope=rope, qk_norm="all_heads")
         router = Router(top_k, "sigmoid", selection_bias=True, normalize=True)
     else:
-        mixer = hf_config.attention(config, window=field(config, "sliding_window", 0))
+        mixer = hf_config.attention(config, window=field(config, "sliding_window"))
         router = Router(top_k, normalize=True)
     moe = Experts(
         num_experts=field(config, "num_local_experts"),

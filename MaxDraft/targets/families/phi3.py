@@ -10,7 +10,7 @@ from MaxDraft.targets.families.glm4 import fused_mlp
 from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("phi3",)
-# What a file leaves out, as the reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {"phi3": {"original_max_position_embeddings": 4096, "rope_theta": 10_000.0}}
 
 
@@ -19,7 +19,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     rope = hf_config.rope(config, partial=1.0)
     if rope.rope_type not in ("default", "longrope"):
         raise TargetError(f"config.json: rope scaling '{rope.rope_type}' is not known for phi3")
-    mixer = hf_config.attention(config, rope=rope, window=field(config, "sliding_window", 0))
+    mixer = hf_config.attention(config, rope=rope, window=field(config, "sliding_window"))
     q_size, kv_size = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     starts = {"q": 0, "k": q_size, "v": q_size + kv_size}
     mlp = hf_config.mlp(config)

@@ -7,7 +7,7 @@ from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
 
 MODEL_TYPES = ("qwen2",)
-# What a file leaves out, as the reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {"qwen2": {"rope_theta": 10_000.0}}
 
 

@@ -5,17 +5,17 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
-from MaxDraft.targets.fields import field, flag
+from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("qwen3",)
-# What a file leaves out, as the reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {"qwen3": {"rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     field(config, "head_dim")
-    bias = flag(config, "attention_bias", False)
+    bias = field(config, "attention_bias")
     switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
     mlp = hf_config.mlp(config)
     return hf_config.decoder(

@@ -1,6 +1,6 @@
 """Qwen3-Next and Qwen3.5: three layers of gated delta rule, then one of gated attention.
 
-A quarter of every head is turned, norms multiply by 1 + weight, experts as in Qwen2-MoE (Qwen3.5
+A quarter of every head is rotated, norms multiply by 1 + weight, experts as in Qwen2-MoE (Qwen3.5
 also has dense models).
 """
 
@@ -11,19 +11,19 @@ from MaxDraft.layers.params import Part, TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, DeltaNet, Layer, TargetError
 from MaxDraft.targets.families import qwen_moe
-from MaxDraft.targets.fields import field, flag, require
+from MaxDraft.targets.fields import field, require
 
 MODEL_TYPES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-# What a file leaves out, as the reference code has it.
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
 DEFAULTS = {name: {"rope_theta": 10_000.0} for name in MODEL_TYPES}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     count = field(config, "num_hidden_layers")
-    every = field(config, "full_attention_interval", 4)
-    unsaid = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    # Its convolution would have the same activation.
+    every = field(config, "full_attention_interval")
+    kinds = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
+    # In transformers the convolution has the same activation, here it is always silu.
     require(config, hidden_act="silu", attn_output_gate=True)
     k_heads, v_heads = (field(config, f"linear_num_{part}_heads") for part in ("key", "value"))
     if v_heads % k_heads:
@@ -31,7 +31,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
             f"config.json: {v_heads} linear_num_value_heads cannot share {k_heads} "
             f"linear_num_key_heads"
         )
-    bias = flag(config, "attention_bias", False)
+    bias = field(config, "attention_bias")
     mixers = {
         "full_attention": hf_config.attention(
             config,
@@ -50,7 +50,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
             fused=config["model_type"] == "qwen3_next",
         ),
     }
-    kinds = hf_config.kinds(config, mixers, unsaid)
+    kinds = hf_config.layer_kinds(config, mixers, absent=kinds)
     if config["model_type"] == "qwen3_5_text":
         feed_forwards = [hf_config.mlp(config)] * count
     elif config["model_type"] == "qwen3_5_moe_text":  # chosen weights always sum to one

@@ -1,6 +1,6 @@
 """Qwen2-MoE and Qwen3-MoE (30B-A3B, 235B-A22B, Coder): top-k experts, some dense layers.
 
-Qwen2-MoE adds an expert that every token takes, weighed by its own gate, and biases on q, k and v.
+Qwen2-MoE adds a shared expert, weighted by a gate of its own, and biases on q, k and v.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,14 @@ from typing import Any
 from MaxDraft.layers.params import TensorLayout
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Experts, Layer, Mlp, Router, TargetError
-from MaxDraft.targets.fields import field, flag
+from MaxDraft.targets.fields import field
 
 MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
-# What a file leaves out, as the reference code has it.
-DEFAULTS = {name: {"rope_theta": 10_000.0} for name in MODEL_TYPES}
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
+DEFAULTS = {
+    "qwen2_moe": {"qkv_bias": True, "rope_theta": 10_000.0},
+    "qwen3_moe": {"rope_theta": 10_000.0},
+}
 SHARED = tuple(
     (f"experts/shared/{part}", (TensorLayout(f"mlp.shared_expert.{part}_proj.weight", True),))
     for part in ("gate", "up", "down")
@@ -23,9 +26,9 @@ SHARED = tuple(
 def dims(config: Mapping[str, Any]) -> DecoderDims:
     """Dimensions from config.json; TargetError where a field is missing or not supported."""
     if config["model_type"] == "qwen2_moe":
-        switches = {"qkv_bias": flag(config, "qkv_bias", True)}
+        switches = {"qkv_bias": field(config, "qkv_bias")}
     else:
-        bias = flag(config, "attention_bias", False)
+        bias = field(config, "attention_bias")
         switches = {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
     windows = hf_config.qwen_windows(config)
     if config["model_type"] == "qwen3_moe" and len({bool(window) for window in windows}) > 1:
@@ -40,7 +43,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
 def feed_forwards(config: Mapping[str, Any]) -> Sequence[Mlp | Experts]:
     """Experts in every `decoder_sparse_step`th layer that is not in `mlp_only_layers`."""
     moe, mlp = experts(config), hf_config.mlp(config)
-    every = field(config, "decoder_sparse_step", 1)
+    every = field(config, "decoder_sparse_step")
     dense = hf_config.layer_numbers(config, "mlp_only_layers") or ()
     return [
         moe if i not in dense and (i + 1) % every == 0 else mlp
@@ -49,8 +52,8 @@ def feed_forwards(config: Mapping[str, Any]) -> Sequence[Mlp | Experts]:
 
 
 def experts(config: Mapping[str, Any]) -> Experts:
-    """Softmax over all experts, the best k, renormalised where `norm_topk_prob` says so."""
-    # Of these families only Qwen3-MoE has no expert that every token takes.
+    """Softmax over all experts, the best k, their weights normalized if `norm_topk_prob`."""
+    # Of these families only Qwen3-MoE has no shared expert.
     has_none = config["model_type"] == "qwen3_moe"
     shared = 0 if has_none else field(config, "shared_expert_intermediate_size")
     name = "num_local_experts" if config.get("num_experts") is None else "num_experts"
@@ -59,7 +62,7 @@ def experts(config: Mapping[str, Any]) -> Experts:
         intermediate_size=field(config, "moe_intermediate_size"),
         router=Router(
             top_k=field(config, "num_experts_per_tok"),
-            normalize=flag(config, "norm_topk_prob"),
+            normalize=field(config, "norm_topk_prob"),
         ),
         activation=hf_config.activation(config),
         shared_size=shared,

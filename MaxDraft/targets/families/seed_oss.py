@@ -5,11 +5,11 @@ from typing import Any
 
 from MaxDraft.targets import hf_config
 from MaxDraft.targets.dims import DecoderDims, Layer
-from MaxDraft.targets.fields import field, flag, require
+from MaxDraft.targets.fields import field, require
 
 MODEL_TYPES = ("seed_oss",)
-# What a file leaves out, as the reference code has it.
-DEFAULTS = {"seed_oss": {"rope_theta": 10_000.0}}
+# What absent fields mean in this family (targets/fields.py has what they mean in all).
+DEFAULTS = {"seed_oss": {"attention_bias": True, "rope_theta": 10_000.0}}
 
 
 def dims(config: Mapping[str, Any]) -> DecoderDims:
@@ -18,8 +18,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     require(config, mlp_bias=False)
     mixer = hf_config.attention(
         config,
-        qkv_bias=flag(config, "attention_bias"),
-        output_bias=flag(config, "attention_out_bias", False),
+        qkv_bias=field(config, "attention_bias"),
+        output_bias=field(config, "attention_out_bias"),
     )
     layer = Layer(mixer, hf_config.mlp(config))
     return hf_config.decoder(config, [layer] * field(config, "num_hidden_layers"))
