@@ -169,7 +169,7 @@ def test_the_teacher_over_the_full_vocabulary_equals_dense_logits_where_it_is_wa
     if not tied:
         params["embed"] = -params["embed"]  # not to be read
     wanted = rng.random((2, 11)) < share
-    best, log_norm = decoder.full_vocabulary(
+    best, log_norm = decoder.teacher_argmax_and_logsumexp(
         params, models.tiny_dims(), jnp.asarray(last), jnp.asarray(wanted), block
     )
     logits = last.astype(np.float64) @ weight
@@ -177,7 +177,7 @@ def test_the_teacher_over_the_full_vocabulary_equals_dense_logits_where_it_is_wa
     expected = np.where(wanted, np.log(np.exp(logits).sum(-1)), 0.0)
     np.testing.assert_allclose(log_norm, expected, rtol=1e-5)
     chosen = jnp.asarray([3, 4, 30])
-    np.testing.assert_array_equal(decoder.draft_head_weight(params, chosen), weight[:, [3, 4, 30]])
+    np.testing.assert_array_equal(decoder.teacher_lm_head(params, chosen), weight[:, [3, 4, 30]])
 
 
 def test_a_uniform_head_over_the_whole_vocabulary_has_loss_log_v_and_the_overlap_with_1_over_v():

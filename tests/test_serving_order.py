@@ -45,7 +45,7 @@ def rollout_logits(target_params, head_params, tokens, steps):
 def _rollout_logits(target_params, head_params, tokens, steps):
     positions = jnp.arange(tokens.shape[1])[None]
     segments = jnp.ones_like(tokens)
-    embeddings, features, _ = decoder.features(
+    embeddings, features, _ = decoder.forward(
         target_params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, block=8
     )
     inputs = DraftInputs.from_rows(embeddings, features, positions, segments)
@@ -159,7 +159,7 @@ def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(p
     @jax.jit
     def target_argmax(tokens):
         ones = jnp.ones_like(tokens)
-        _, _, last = decoder.features(
+        _, _, last = decoder.forward(
             target_params, tokens, jnp.arange(64)[None], ones, TARGET, CAPTURE, jnp.float32, 64
         )
         return jnp.argmax(decoder.logits(target_params, TARGET, last)[0], -1)
@@ -269,7 +269,7 @@ def test_sampled_decoding_follows_the_targets_distribution(pair, drafts):
 
     def distribution(text):
         tokens = jnp.asarray(text, jnp.int32)[None]
-        _, _, last = decoder.features(
+        _, _, last = decoder.forward(
             target_params,
             tokens,
             jnp.arange(len(text))[None],

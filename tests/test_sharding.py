@@ -160,7 +160,7 @@ def test_features_are_right_where_more_devices_than_key_heads_share_a_layer():
 
     def features(target, batch):
         arrays = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-        return decoder.features(target, *arrays, dims, CAPTURE, jnp.float32, 5)[1]
+        return decoder.forward(target, *arrays, dims, CAPTURE, jnp.float32, 5)[1]
 
     expected = jax.jit(lambda *args: features(*args))(target, batch)
     mesh = sharding.make_mesh(AXES, (1, 1, 1, 8), (1, 1, 1, 1))

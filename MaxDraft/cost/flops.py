@@ -21,7 +21,7 @@ from MaxDraft.targets.dims import (
     DeltaNet,
     Layer,
 )
-from MaxDraft.targets.plan import runs
+from MaxDraft.targets.plan import layer_groups
 from MaxDraft.targets.table import decoder_params
 
 
@@ -51,10 +51,10 @@ def _products(target: DecoderDims) -> float:
     """2 per weight that a token is multiplied with, over all layers."""
     table = decoder_params(target, ())
     total = 0.0
-    for run, units in zip(runs(target.layers, ()), table["layers"], strict=True):
-        for layer, params in zip(run.unit, units, strict=True):
+    for group, units in zip(layer_groups(target.layers, ()), table["layers"], strict=True):
+        for layer, params in zip(group.unit, units, strict=True):
             for param in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Param)):
-                total += 2 * run.repeats * _multiplied_weights(param, layer)
+                total += 2 * group.repeats * _multiplied_weights(param, layer)
     return total
 
 

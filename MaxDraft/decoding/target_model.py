@@ -18,7 +18,7 @@ from MaxDraft.sharding import constrain
 from MaxDraft.targets import decoder
 from MaxDraft.targets.dims import MLA, Attention, DecoderDims, DeltaNet
 from MaxDraft.targets.mixers import split_heads
-from MaxDraft.targets.plan import runs
+from MaxDraft.targets.plan import LayerGroup, layer_groups
 
 
 @jax.tree_util.register_dataclass
@@ -114,10 +114,10 @@ class TargetModel:
         return self._placed(
             tuple(
                 tuple(
-                    {name: zeros(array, run.repeats) for name, array in arrays.items()}
+                    {name: zeros(array, group.repeats) for name, array in arrays.items()}
                     for arrays in unit
                 )
-                for run, unit in zip(self._runs, self._cache_arrays(slots), strict=True)
+                for group, unit in zip(self._layer_groups, self._cache_arrays(slots), strict=True)
             )
         )
 
@@ -136,13 +136,13 @@ class TargetModel:
         return aux_hidden_states, last_hidden_state, self._placed(cache)
 
     @property
-    def _runs(self) -> tuple[Any, ...]:
-        return runs(self.dims.layers, self.target_layer_ids)
+    def _layer_groups(self) -> tuple[LayerGroup, ...]:
+        return layer_groups(self.dims.layers, self.target_layer_ids)
 
     def _cache_arrays(self, slots: int) -> tuple[tuple[dict[str, CacheArray], ...], ...]:
         return tuple(
-            tuple(_cache_arrays(layer.mixer, self.dtype, slots) for layer in run.unit)
-            for run in self._runs
+            tuple(_cache_arrays(layer.mixer, self.dtype, slots) for layer in group.unit)
+            for group in self._layer_groups
         )
 
     def _placed(self, cache: Any) -> Any:

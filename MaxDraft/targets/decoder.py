@@ -4,11 +4,11 @@
     for every layer:  h += mixer(norm(h));  h += feed_forward(norm(h))
     logits = head(norm(h))
 
-Equal layers are stacked and scanned, as plan.py cuts them: after every captured layer, so that the
-captured features are simply what comes out of the cuts. The weights are stored cut the same way: no
-copy of a weight is made on the way in.
+Equal layers are stacked and scanned in the groups of plan.py, which end after every captured layer:
+the hidden states that the draft head reads are what comes out of these scans. The weights are
+stored in the same groups, so that no copy of a weight is made on the way in.
 
-B batch, T sequence, H hidden size, V vocabulary, D draft vocabulary.
+B batch, T sequence, H hidden size, K captured layers, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from MaxDraft.targets.mixers import (
     delta_net,
     mla,
 )
-from MaxDraft.targets.plan import runs
+from MaxDraft.targets.plan import layer_groups
 
 
 def decoder_layer(
@@ -72,7 +72,7 @@ def decoder_layer(
 
 
 def embed(params: Tree, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """tokens int [B, T] -> [B, T, H], as the draft head reads them too: without `embed_scale`."""
+    """tokens int [B, T] -> [B, T, H] without `embed_scale`: so the draft head reads them."""
     return params["embed"][tokens].astype(dtype)
 
 
@@ -80,11 +80,11 @@ def run_layers(
     params: Tree,
     embeddings: jax.Array,  # [B, T, H]
     dims: DecoderDims,
-    capture: Sequence[int],
+    captured_layers: Sequence[int],
     context: Context,
-    caches: Any = None,  # per run and place of its unit, stacked over the repeats
+    caches: Any = None,  # per layer group and place of its unit, stacked over the repeats
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """-> captured features [B, T, 3H], final normed state [B, T, H], new caches."""
+    """-> aux_hidden_states [B, T, K * H], last_hidden_state (normalized) [B, T, H], new caches."""
     ropes = dict.fromkeys(getattr(layer.mixer, "rope", None) for layer in dims.layers)
     rotary = {
         rope: tuple(
@@ -94,102 +94,107 @@ def run_layers(
         for rope in ropes
         if rope
     }
-    plan = runs(dims.layers, tuple(capture))
-    caches = caches if caches is not None else tuple((None,) * len(run.unit) for run in plan)
+    groups = layer_groups(dims.layers, tuple(captured_layers))
+    caches = caches if caches is not None else tuple((None,) * len(group.unit) for group in groups)
 
     x = embeddings * jnp.asarray(dims.embed_scale, embeddings.dtype)
     x = constrain(x, "target_batch", None, None)
     captured, new_caches = [], []
-    for run, weights, cache in zip(plan, params["layers"], caches, strict=True):
+    for group, weights, cache in zip(groups, params["layers"], caches, strict=True):
 
-        def unit(x, stacked, layers=run.unit):
+        def unit(x, stacked, layers=group.unit):
             new = []
             for layer, w, layer_cache in zip(layers, *stacked, strict=True):
                 x, layer_cache = decoder_layer(x, w, layer, dims, rotary, context, layer_cache)
                 new.append(layer_cache)
             return x, tuple(new)
 
-        x, cache = jax.lax.scan(unit, x, (weights, cache), length=run.repeats)
+        x, cache = jax.lax.scan(unit, x, (weights, cache), length=group.repeats)
         new_caches.append(cache)
-        if run.end - 1 in capture:
+        if group.end - 1 in captured_layers:
             captured.append(x)
-    features = jnp.concatenate(captured, axis=-1)
-    last = rms_norm(x, params["norm"], dims.norm_eps, dims.norm_offset)
-    return features, last, tuple(new_caches)
+    aux_hidden_states = jnp.concatenate(captured, axis=-1)
+    last_hidden_state = rms_norm(x, params["norm"], dims.norm_eps, dims.norm_offset)
+    return aux_hidden_states, last_hidden_state, tuple(new_caches)
 
 
-def features(
+def forward(
     params: Tree,
     tokens: jax.Array,  # int [B, T]
     positions: jax.Array,  # int [B, T]
     segment_ids: jax.Array,  # int [B, T]
     dims: DecoderDims,
-    capture: Sequence[int],
+    captured_layers: Sequence[int],
     dtype: Any,
     block: int,  # queries and keys attended at a time
-    kernel: str = "xla",  # one of attention.IMPLEMENTATIONS
+    kernel: str = "xla",  # one of attention_keys.KERNELS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Packed documents -> embeddings [B, T, H], features [B, T, 3H], final state [B, T, H]."""
+    """Packed documents -> embeddings [B, T, H], aux_hidden_states [B, T, K * H],
+    last_hidden_state [B, T, H].
+    """
     embeddings = embed(params, tokens, dtype)
     context = PackedContext(positions, segment_ids, block, kernel)
-    aux, last, _ = run_layers(params, embeddings, dims, capture, context)
-    return embeddings, aux, last
+    aux_hidden_states, last_hidden_state, _ = run_layers(
+        params, embeddings, dims, captured_layers, context
+    )
+    return embeddings, aux_hidden_states, last_hidden_state
 
 
-def logits(params: Tree, dims: DecoderDims, last: jax.Array) -> jax.Array:
-    """Final state [..., H] -> float32 logits [..., V]."""
+def logits(params: Tree, dims: DecoderDims, last_hidden_state: jax.Array) -> jax.Array:
+    """last_hidden_state [..., H] -> float32 logits [..., V]."""
     if "head" in params:
         equation, weight = "...h,hv->...v", params["head"]
-    else:  # tied; the table is not turned around in memory
+    else:  # tied: the embedding is not transposed in memory
         equation, weight = "...h,vh->...v", params["embed"]
-    weight = weight.astype(last.dtype)
-    scores = jnp.einsum(equation, last, weight, preferred_element_type=jnp.float32)
+    weight = weight.astype(last_hidden_state.dtype)
+    scores = jnp.einsum(equation, last_hidden_state, weight, preferred_element_type=jnp.float32)
     return soft_cap(scores, dims.logit_softcap)
 
 
-def draft_head_weight(params: Tree, draft_to_target: jax.Array) -> jax.Array:
-    """The LM head's columns of the draft vocabulary's tokens: [H, D]."""
+def teacher_lm_head(params: Tree, draft_to_target: jax.Array) -> jax.Array:
+    """The columns of the target's LM head for the draft vocabulary's tokens int [D]: [H, D]."""
     if "head" in params:
         return params["head"][:, draft_to_target]
     return params["embed"][draft_to_target].T
 
 
-def full_vocabulary(
+def teacher_argmax_and_logsumexp(
     params: Tree,
     dims: DecoderDims,
-    last: jax.Array,  # [B, T, H] final states
-    wanted: jax.Array,  # bool [B, T]
+    last_hidden_state: jax.Array,  # [B, T, H]
+    mask: jax.Array,  # bool [B, T]
     block: int,
 ) -> tuple[jax.Array, jax.Array]:  # int32 [B, T], float32 [B, T]
-    """The target's argmax over all V tokens, and log sum exp of its logits, where they are wanted.
+    """The target's argmax over all V tokens and log sum exp of its logits, zero outside the mask.
 
-    Zeros elsewhere. Wanted positions are put first; a device has the logits of about `block`
-    positions at a time, shared out among its rows.
+    The masked positions of a row are put first. A device has the logits of about `block` positions
+    at a time, shared out among its rows, and stops where no row has masked positions left.
     """
-    length = last.shape[1]
-    block = min(max(block * ways("target_batch") // len(last), 1), length)
-    order = jnp.argsort(~wanted, axis=1, stable=True)
+    length = last_hidden_state.shape[1]
+    block = min(max(block * ways("target_batch") // len(last_hidden_state), 1), length)
+    order = jnp.argsort(~mask, axis=1, stable=True)
     places = jnp.pad(order, ((0, 0), (0, -length % block)))
     blocks = places.shape[1] // block
 
-    def of_block(i, found):
-        here = jax.lax.dynamic_slice_in_dim(places, i * block, block, axis=1)
-        states = jnp.take_along_axis(last, here[..., None], axis=1)
+    def one_block(i, results):
+        block_places = jax.lax.dynamic_slice_in_dim(places, i * block, block, axis=1)
+        states = jnp.take_along_axis(last_hidden_state, block_places[..., None], axis=1)
         scores = constrain(logits(params, dims, states), "target_batch", None, "target_vocab")
-        most = scores.max(-1, keepdims=True)
+        maximum = scores.max(-1, keepdims=True)
         ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-        new = (
-            jnp.where(scores < most, ids[-1], ids).min(-1),  # the first of the greatest, or of NaN
-            most[..., 0] + jnp.log(jnp.exp(scores - most).sum(-1)),
+        block_results = (
+            # The first of the greatest, and a token of the vocabulary also where all are NaN.
+            jnp.where(scores < maximum, ids[-1], ids).min(-1),
+            maximum[..., 0] + jnp.log(jnp.exp(scores - maximum).sum(-1)),
         )
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(x, y, i * block, axis=1)
-            for x, y in zip(found, new, strict=True)
+            for x, y in zip(results, block_results, strict=True)
         )
 
-    nothing = jnp.zeros(places.shape, jnp.int32), jnp.zeros(places.shape, jnp.float32)
-    used = -(-wanted.sum(1).max() // block)
-    found = counted_loop("vocabulary_blocks", 0, used, of_block, nothing, expected_trips=blocks)
-    back = jnp.argsort(order, axis=1)
-    best, log_norm = (jnp.take_along_axis(x[:, :length], back, axis=1) for x in found)
-    return jnp.where(wanted, best, 0), jnp.where(wanted, log_norm, 0.0)
+    zeros = jnp.zeros(places.shape, jnp.int32), jnp.zeros(places.shape, jnp.float32)
+    used = -(-mask.sum(1).max() // block)
+    results = counted_loop("vocabulary_blocks", 0, used, one_block, zeros, expected_trips=blocks)
+    inverse = jnp.argsort(order, axis=1)
+    best, logsumexp = (jnp.take_along_axis(x[:, :length], inverse, axis=1) for x in results)
+    return jnp.where(mask, best, 0), jnp.where(mask, logsumexp, 0.0)

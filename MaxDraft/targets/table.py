@@ -1,7 +1,7 @@
-"""The table of a target's parameters: shape, axes and tensor names, read off its dimensions.
+"""The table of a target's parameters: shape, axes and tensor names, derived from its dimensions.
 
-The names are those of the Llama-like checkpoints; a family whose files differ says so by path in
-DecoderDims.names. Paths are those of the tree of one layer: "q", "mlp/gate", "experts/down", ...
+The names are those of Llama-like checkpoints; where the files of a family differ, DecoderDims.names
+has the layouts by path. Paths are those of the tree of one layer: "q", "mlp/gate", "experts/down".
 
 H hidden size, I intermediate, N heads, M key/value heads, d head size, E experts, V vocabulary.
 """
@@ -24,7 +24,7 @@ from MaxDraft.targets.dims import (
     Layer,
     Mlp,
 )
-from MaxDraft.targets.plan import runs
+from MaxDraft.targets.plan import layer_groups
 
 EMBED, HEADS, KV_HEADS = "target_embed", "target_heads", "target_kv_heads"
 MLP = "target_mlp"
@@ -79,7 +79,9 @@ NAMES = {
 }
 
 
-def decoder_params(dims: DecoderDims, capture: Sequence[int], dtype: Any = jnp.bfloat16) -> Tree:
+def decoder_params(
+    dims: DecoderDims, captured_layers: Sequence[int], dtype: Any = jnp.bfloat16
+) -> Tree:
     """Table of the target's parameters (layers/params.py), under Hugging Face tensor names."""
     H, V = dims.hidden_size, dims.vocab_size
     norm_init = "zeros" if dims.norm_offset else "ones"
@@ -87,10 +89,10 @@ def decoder_params(dims: DecoderDims, capture: Sequence[int], dtype: Any = jnp.b
         "embed": Param((V, H), ("target_vocab", EMBED), "model.embed_tokens.weight", dtype),
         "layers": tuple(
             tuple(
-                _Layer(dims, dtype, run.numbers(place)).table(layer)
-                for place, layer in enumerate(run.unit)
+                _Layer(dims, dtype, group.numbers(place)).table(layer)
+                for place, layer in enumerate(group.unit)
             )
-            for run in runs(dims.layers, tuple(capture))
+            for group in layer_groups(dims.layers, tuple(captured_layers))
         ),
         "norm": Param((H,), (None,), "model.norm.weight", dtype, norm_init),
     }
@@ -109,7 +111,7 @@ class _Layer:
         self.names = dict(dims.names)
 
     def param(self, path, shape, axes, init="matrix", transposed=True, dtype=None) -> Param:
-        layouts = self.names.get(path) or (TensorLayout(self.usual_name(path), transposed),)
+        layouts = self.names.get(path) or (TensorLayout(self.default_name(path), transposed),)
         first, *others = (
             dataclasses.replace(layout, name="model.layers.{layer}." + layout.name)
             for layout in layouts
@@ -126,7 +128,7 @@ class _Layer:
             tuple(others),
         )
 
-    def usual_name(self, path: str) -> str:
+    def default_name(self, path: str) -> str:
         if path in NAMES:
             return NAMES[path]
         matrix = path.removesuffix("_bias")  # a bias stands beside its matrix

@@ -117,7 +117,7 @@ def _loss(params: Tree, dims: DecoderDims, batch: Batch) -> jax.Array:
     """Mean cross-entropy of the next token, weighted: answers count, prompts count less."""
     segments = batch["segment_ids"]
 
-    _, _, last = decoder.features(
+    _, _, last = decoder.forward(
         params,
         batch["tokens"],
         batch["positions"],
