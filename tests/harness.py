@@ -93,7 +93,7 @@ class GivenTarget:
         return {name: BatchField() for name in ("tokens", "aux", "final")}
 
     def outputs(self, params, batch, teacher_mask):
-        argmax, logsumexp = decoder.full_vocabulary(
+        argmax, logsumexp = decoder.teacher_argmax_and_logsumexp(
             params, self.dims, batch["final"], teacher_mask, self.vocab_block
         )
         return TargetOutputs(
@@ -103,7 +103,7 @@ class GivenTarget:
         )
 
     def teacher_lm_head(self, params, token_ids):
-        return decoder.draft_head_weight(params, token_ids)
+        return decoder.teacher_lm_head(params, token_ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_a_text_fed_piece_by_piece_gives_the_features_of_the_whole(family):
     tokens = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, LENGTH)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     _, features, last = jax.jit(
-        lambda p: decoder.features(
+        lambda p: decoder.forward(
             p, tokens, positions, positions * 0, model.dims, model.target_layer_ids, jnp.float32, 64
         )
     )(params)

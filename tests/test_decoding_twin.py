@@ -109,7 +109,7 @@ def test_a_chain_has_the_logits_of_the_numpy_twin(pair, twin, slots, offset):
 def target_pass(params, tokens):
     """int [1, T] -> embeddings [T, H], aux hidden states [T, 3H], argmax [T] of the target."""
     positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
-    embeddings, features, last = decoder.features(
+    embeddings, features, last = decoder.forward(
         params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, LENGTH
     )
     return embeddings[0], features[0], jnp.argmax(decoder.logits(params, TARGET, last)[0], -1)

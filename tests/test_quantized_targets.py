@@ -87,7 +87,7 @@ def logits_of(folder, keep=False):
 
     def forward(params):
         positions = jnp.arange(LENGTH)[None]
-        _, _, last = decoder.features(
+        _, _, last = decoder.forward(
             params,
             tokens,
             positions,

@@ -116,7 +116,7 @@ def our_row(folder, dims, tokens, segments=None, positions=None, *, block):
 
 @functools.partial(jax.jit, static_argnames=("dims", "capture", "block"))
 def _run(weights, tokens, positions, segments, *, dims, capture, block):
-    _, features, last = decoder.features(
+    _, features, last = decoder.forward(
         weights, tokens, positions, segments, dims, capture, jnp.float32, block
     )
     return decoder.logits(weights, dims, last)[0], features[0]

@@ -167,7 +167,7 @@ def test_the_targets_model_flops_are_those_of_its_traced_program(family):
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def features(params, tokens, positions, segments):
-        return decoder.features(
+        return decoder.forward(
             params, tokens, positions, segments, dims, capture, jnp.float32, length
         )
 

@@ -101,7 +101,7 @@ class OnlineTarget:
     def outputs(
         self, params: Tree, batch: Mapping[str, jax.Array], teacher_mask: jax.Array
     ) -> TargetOutputs:
-        embeddings, aux_hidden_states, last_hidden_state = decoder.features(
+        embeddings, aux_hidden_states, last_hidden_state = decoder.forward(
             params,
             batch["tokens"],
             batch["positions"],
@@ -112,11 +112,11 @@ class OnlineTarget:
             self.attention_block,
             self.attention_kernel,
         )
-        argmax, logsumexp = decoder.full_vocabulary(
+        argmax, logsumexp = decoder.teacher_argmax_and_logsumexp(
             params, self.dims, last_hidden_state, teacher_mask, self.vocab_block
         )
         teacher = TeacherOutputs(last_hidden_state, argmax, logsumexp)
         return TargetOutputs(embeddings, aux_hidden_states, teacher)
 
     def teacher_lm_head(self, params: Tree, token_ids: jax.Array) -> jax.Array:
-        return decoder.draft_head_weight(params, token_ids)
+        return decoder.teacher_lm_head(params, token_ids)
