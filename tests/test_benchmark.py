@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = str(ROOT / "configs" / "base.yml")
 TARGET = (
     "target_config={model_type: qwen3, hidden_size: 64, intermediate_size: 96, "
+    "rms_norm_eps: 1.0e-6, "
     "num_hidden_layers: 8, num_attention_heads: 8, num_key_value_heads: 4, head_dim: 8, "
     "vocab_size: 128, tie_word_embeddings: false, rope_theta: 1.0e6}"
 )

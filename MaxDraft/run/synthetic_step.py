@@ -22,8 +22,8 @@ from MaxDraft.input_pipeline.synthetic import conversations, whole_rows
 from MaxDraft.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from MaxDraft.pyconfig import Config, ConfigError
 from MaxDraft.run.spec import drafter_options, make_mesh, step_spec
-from MaxDraft.targets import registry as families
 from MaxDraft.targets.dims import DecoderDims
+from MaxDraft.targets.model_file import dims_from_target_config
 from MaxDraft.tiny_target.recipe import Recipe, hf_config
 from MaxDraft.train_step import FrozenParams, StepSpec, TrainState
 
@@ -114,26 +114,7 @@ def target_dims(config: Config) -> DecoderDims:
             f"model_name={config.model_name} has no target_config; name a model of "
             f"configs/models/ that has one, or give target_config='{{model_type: ..., ...}}'"
         )
-    return families.dims_from_config(_DECIDES_NO_SHAPE | _layer_kinds(fields) | fields)
-
-
-# Fields that decide no shape, which model files leave out where releases of a model differ.
-_DECIDES_NO_SHAPE = {
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 1 << 20,
-    "query_pre_attn_scalar": 256,
-    "floor_scale": 8192,
-    "attn_scale": 0.1,
-}
-
-
-def _layer_kinds(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers of gpt-oss alternate; its model files do not list them."""
-    if fields.get("model_type") != "gpt_oss":
-        return {}
-    kinds = ["sliding_attention", "full_attention"] * fields["num_hidden_layers"]
-    return {"layer_types": kinds[: fields["num_hidden_layers"]]}
+    return dims_from_target_config(fields)
 
 
 def _supervised(spec: StepSpec, batch: Mapping[str, np.ndarray]) -> np.ndarray:
