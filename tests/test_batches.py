@@ -60,7 +60,7 @@ def assert_equal(batches, expected):
             assert np.array_equal(one[name], other[name])
 
 
-def test_a_row_holds_its_documents_with_segments_positions_and_turns(data, rows):
+def test_a_row_holds_its_documents_one_after_the_other(data, rows):
     batches = HostBatches(data.train, rows, T, G)
     shared = [r for r in range(len(rows)) if len(rows[r]) > 1]
     assert len(shared) > 3
@@ -85,7 +85,7 @@ def test_a_row_holds_its_documents_with_segments_positions_and_turns(data, rows)
             assert not row[name][pads].any()
 
 
-def test_training_reads_every_row_once_but_for_the_unfilled_last_batch(data, rows):
+def test_training_reads_every_row_of_full_batches_once(data, rows):
     batches = list(iterator(data, rows))
     assert len(batches) == len(rows) // G == len(iterator(data, rows))
     read = [row.tolist() for batch in batches for row in batch["tokens"]]
@@ -105,7 +105,7 @@ def test_hosts_together_see_the_batches_of_one_host(data, rows, num_hosts):
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2])
-def test_evaluation_reads_every_row_exactly_once_and_fills_up_with_empty_ones(data, num_hosts):
+def test_evaluation_reads_every_row_once(data, num_hosts):
     for count in (5, 8, len(data.held_out)):
         rows = pack_rows(data.held_out.lengths[:count], T, seed=0)
         hosts = [

@@ -1,4 +1,4 @@
-"""Encoding once, the cache, the split, the counts, and what is said about them."""
+"""Encoding once, the cache, the split, the counts, and the summary of them."""
 
 import datetime
 import itertools
@@ -62,7 +62,7 @@ def contents(documents) -> list[tuple[list[int], list[int]]]:
     return [(documents[i][0].tolist(), documents[i][1].tolist()) for i in range(len(documents))]
 
 
-def test_documents_are_the_encoded_conversations_cut_at_the_row_length(tmp_path):
+def test_documents_are_encoded_conversations_cut_at_a_row(tmp_path):
     records = many_records(40)
     data = prepare(tmp_path, records, max_target_length=50)
     expected, cut, gone = [], 0, 0
@@ -87,7 +87,7 @@ def test_documents_are_the_encoded_conversations_cut_at_the_row_length(tmp_path)
         assert data.train.assistant_lengths[i] == np.count_nonzero(turn_ids)
 
 
-def test_conversations_longer_than_a_row_are_dropped_where_the_policy_says_so(tmp_path):
+def test_policy_drop_leaves_out_what_is_longer_than_a_row(tmp_path):
     kept = prepare(tmp_path, many_records(40), max_target_length=90)
     dropped = prepare(tmp_path, max_target_length=90, truncation_policy="drop")
     cut = kept.train.num_cut + kept.held_out.num_cut
@@ -103,7 +103,7 @@ def test_an_unknown_truncation_policy_is_an_error(tmp_path):
         prepare(tmp_path, many_records(4), truncation_policy="split")
 
 
-def test_a_conversation_cut_before_its_first_reply_is_left_out_with_a_reason(tmp_path):
+def test_a_conversation_cut_before_its_reply_is_left_out(tmp_path):
     long_question = record("Hello there " * 60, "Hi")
     data = prepare(tmp_path, [*many_records(9), long_question])
     assert data.train.encoded.left_out == {module.CUT_AWAY: 1}
@@ -111,11 +111,11 @@ def test_a_conversation_cut_before_its_first_reply_is_left_out_with_a_reason(tmp
 
 
 def test_a_second_run_takes_what_the_first_encoded_and_says_so(tmp_path):
-    said = []
-    first = prepare(tmp_path, many_records(20), log=said.append)
-    again = prepare(tmp_path, log=said.append)
-    assert "encoding 1 files" in said[0]
-    assert f"20 conversations encoded before, taken from {first.train.encoded.folder}" in said[1]
+    lines = []
+    first = prepare(tmp_path, many_records(20), log=lines.append)
+    again = prepare(tmp_path, log=lines.append)
+    assert "encoding 1 files" in lines[0]
+    assert f"20 conversations encoded before, taken from {first.train.encoded.folder}" in lines[1]
     assert contents(first.train) == contents(again.train)
     assert first.fingerprint == again.fingerprint
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [first.train.encoded.folder.name]
@@ -139,7 +139,7 @@ def test_data_that_was_removed_is_made_again_the_same(tmp_path, monkeypatch):
     assert contents(again.train) == expected
 
 
-def test_what_changes_the_tokens_changes_the_folder_and_nothing_else_does(tmp_path):
+def test_only_what_changes_the_tokens_changes_the_folder(tmp_path):
     records = many_records(20)
     base = prepare(tmp_path, records).train.encoded.folder
     assert prepare(tmp_path, seed=1, eval_fraction=0.5).train.encoded.folder == base
@@ -201,9 +201,9 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
     process.join()
     assert list(tmp_path.glob("cache/.*/tokens.npy"))  # it was in the middle of it
     assert not list(tmp_path.glob("cache/[!.]*"))
-    said = []
-    data = prepare(tmp_path, log=said.append)
-    assert "encoding" in said[0]
+    lines = []
+    data = prepare(tmp_path, log=lines.append)
+    assert "encoding" in lines[0]
     assert len(data.train) + len(data.held_out) == 200
     assert not list(tmp_path.glob("cache/.*"))  # what was left behind is gone
 
@@ -274,7 +274,7 @@ def test_weights_of_a_mixture_are_shares_of_every_epoch(tmp_path):
         conversations_per_epoch(1, 1)
 
 
-def test_unusable_records_count_whether_json_or_template_refuses_them(tmp_path):
+def test_records_that_the_template_refuses_count_as_unusable(tmp_path):
     refused = {"messages": [record("a", "b")["messages"][i] for i in (0, 0, 1)]}
     lines = [*many_records(8), "{", refused]
     encoder = make_encoder(INSTRUCT)
@@ -287,7 +287,7 @@ def test_unusable_records_count_whether_json_or_template_refuses_them(tmp_path):
             prepare(tmp_path, encoder=encoder, max_skipped_fraction=0.19)
 
 
-def test_replies_that_the_template_shortens_are_counted_and_bounded(tmp_path):
+def test_replies_that_the_template_shortens_are_bounded(tmp_path):
     thought = "<think>\nthe lazy dog\n</think>\n\nThe fox."
     lines = [*many_records(30), record("How", thought, "More", thought)]
     encoder = make_encoder(LAST_TURN_THINKS)
@@ -311,7 +311,7 @@ def test_a_set_without_assistant_tokens_is_an_error(tmp_path):
     assert "max_target_length=2" in str(error.value)
 
 
-def test_counts_are_of_the_assistants_tokens_in_training_conversations(tmp_path):
+def test_counts_are_of_the_assistants_training_tokens(tmp_path):
     data = prepare(tmp_path, many_records(40))
     counts = data.train.assistant_token_counts(500)
     pairs = [data.train[i] for i in range(len(data.train))]

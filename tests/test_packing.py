@@ -15,7 +15,7 @@ def chat_like(count: int, seed: int = 0) -> np.ndarray:
     return np.clip(lengths, 8, T).astype(np.int64)
 
 
-def room_used(rows, lengths) -> list[int]:
+def tokens_in_rows(rows, lengths) -> list[int]:
     return [int(lengths[rows[r]].sum()) for r in range(len(rows))]
 
 
@@ -26,11 +26,11 @@ def test_rows_of_chat_data_are_nearly_full():
         assert lengths.sum() / (len(rows) * T) > 0.97
 
 
-def test_every_document_stands_once_and_whole_in_a_row_that_has_room():
+def test_every_document_stands_once_and_whole_in_a_row():
     lengths = chat_like(10_000)
     rows = pack_rows(lengths, T, seed=3)
     assert sorted(rows.documents.tolist()) == list(range(len(lengths)))
-    assert max(room_used(rows, lengths)) <= T
+    assert max(tokens_in_rows(rows, lengths)) <= T
     assert all(len(rows[r]) for r in range(len(rows)))
 
 
@@ -42,7 +42,7 @@ def test_documents_of_any_length_are_packed_as_well_as_can_be():
     assert len(pack_rows(np.zeros(0, int), 8, seed=0)) == 0
 
 
-def test_the_same_arguments_give_the_same_rows_and_each_epoch_its_own():
+def test_rows_depend_on_seed_and_epoch_alone():
     lengths = chat_like(500)
     first, again = pack_rows(lengths, T, 1, 2), pack_rows(lengths, T, 1, 2)
     assert np.array_equal(first.documents, again.documents)

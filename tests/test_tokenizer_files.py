@@ -14,7 +14,7 @@ from MaxDraft.input_pipeline.tokenizer_files import load_tokenizer
 FOUR = dialogue("Hello there.", "How are you?", "I am well.", "Thank you.")
 
 
-def test_a_saved_tokenizer_is_loaded_and_a_template_file_replaces_its_own(tmp_path):
+def test_a_template_file_replaces_the_tokenizers_own(tmp_path):
     make_tokenizer(CHATML).save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, transformers.PreTrainedTokenizerFast)
@@ -42,7 +42,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path / "empty")
 
 
-def test_a_family_that_transformers_does_not_know_does_not_hide_what_is_wrong(tmp_path):
+def test_a_family_unknown_to_transformers_is_told_with_a_fix(tmp_path):
     make_tokenizer(CHATML).save_pretrained(tmp_path)
     scaling = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
     config = {"model_type": "kimi_k2", "rope_theta": 50000.0, "rope_scaling": scaling}
@@ -74,7 +74,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, content):
     assert "trust_remote_code" not in str(error.value)
 
 
-def test_remote_code_is_suggested_only_where_the_tokenizer_has_some(tmp_path):
+def test_remote_code_is_suggested_only_where_there_is_some(tmp_path):
     make_tokenizer(CHATML).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

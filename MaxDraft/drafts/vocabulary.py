@@ -146,8 +146,8 @@ def select(
         )
     if len(required) > D:
         raise VocabularyError(
-            f"draft_vocab_size={draft_vocab_size} has no room for the {len(required)} special "
-            f"tokens of the assistant's turns"
+            f"draft_vocab_size={draft_vocab_size} is smaller than the number of special tokens "
+            f"of the assistant's turns, {len(required)}; raise it"
         )
     if not counts.any():
         raise VocabularyError("no assistant token is counted: nothing to choose by")

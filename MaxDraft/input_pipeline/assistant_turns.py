@@ -167,10 +167,10 @@ class TurnLocator:
                 )
         contents, at = [], 0
         for message in PROBE:
-            found = text.find(message.content, at)
-            if found >= 0:
-                at = found + len(message.content)
-                contents.append((found, at))
+            start = text.find(message.content, at)
+            if start >= 0:
+                at = start + len(message.content)
+                contents.append((start, at))
         return Probe(text, tuple(contents), len(text) - len(pieces[-1]))
 
 

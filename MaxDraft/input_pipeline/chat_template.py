@@ -105,7 +105,7 @@ class ChatEncoder:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def special_ids(self, counts: np.ndarray) -> tuple[int, ...]:
-        """Ids every draft vocabulary needs: ends of turn, and special tokens found in replies.
+        """Ids every draft vocabulary needs: ends of turn, and special tokens inside of replies.
 
         counts: int64 [V], how often the assistant wrote each token.
         """
@@ -202,8 +202,9 @@ class ChatEncoder:
             for token, (start, end) in tokens
             if start >= probe.reply_end and probe.text[start:end].strip()
         )
-        found = {next(behind, None)} & set(self._added_tokens)
-        self.end_ids = frozenset(found | {self.tokenizer.eos_token_id, *stop_token_ids} - {None})
+        end_of_turn = {next(behind, None)} & set(self._added_tokens)
+        stops = {self.tokenizer.eos_token_id, *stop_token_ids} - {None}
+        self.end_ids = frozenset(end_of_turn | stops)
         spellings = {
             token.content
             for i, token in self._added_tokens.items()

@@ -1,4 +1,4 @@
-"""What is wrong with the data, told so that the reader knows what to do next."""
+"""Errors in the data that a user can mend; each message names what to do next."""
 
 from MaxDraft.errors import UserError
 

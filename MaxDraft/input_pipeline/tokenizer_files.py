@@ -20,7 +20,6 @@ def load_tokenizer(
     DataError: no such folder or file, a file that is damaged, a tokenizer that cannot be loaded or
     has no fast version (only those know character offsets), no chat template.
     """
-    path = Path(path).expanduser()
     if not path.is_dir():
         raise DataError(f"tokenizer_path: {path} is not a folder with tokenizer files")
     contents = {name: _read_json(path / name) for name in JSON_FILES if (path / name).is_file()}
@@ -39,8 +38,8 @@ def load_tokenizer(
         )
     if chat_template_file:
         try:
-            tokenizer.chat_template = Path(chat_template_file).expanduser().read_text("utf-8")
-        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            tokenizer.chat_template = Path(chat_template_file).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"chat_template: {chat_template_file} cannot be read: {error}"
             ) from error

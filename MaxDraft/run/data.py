@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from MaxDraft import storage
 from MaxDraft.drafts import vocabulary
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.input_pipeline import batches, dataset, packing, summary
@@ -151,7 +151,7 @@ def open_data(
 
     vocab_size, stop_token_ids: of the target. device_count: of the whole mesh.
     """
-    template = Path(config.chat_template).expanduser() if config.chat_template else None
+    template = storage.as_path(config.chat_template) if config.chat_template else None
     tokenizer = load_tokenizer(config.tokenizer_directory, config.trust_remote_code, template)
     encoder = ChatEncoder(tokenizer, config.loss_turns, stop_token_ids)
     check_vocabulary(encoder, vocab_size)

@@ -1,5 +1,6 @@
-"""A file of JSON lines, plain or gzip -> its lines; what is something else is told with its cure.
+"""A file of JSON lines, plain or gzip -> its lines.
 
+Any other file is an error that names the command which converts it.
 A file is known by its first bytes, not by its name, since names are often wrong.
 """
 
