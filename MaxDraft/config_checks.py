@@ -111,6 +111,11 @@ def _without_effect(values: Values, explicit: Values) -> Iterator[str]:
             f"eval_fraction={fraction} has no effect beside grain_eval_files, which are the "
             f"held-out data; leave one of them out"
         )
+    if explicit.get("decode_recurrent_position_offset") and values["decode_draft_steps"] == 1:
+        yield (
+            "decode_recurrent_position_offset=1 has no effect with decode_draft_steps=1, where the "
+            "head never reads its own output; leave it out, or give more draft steps"
+        )
 
 
 def _rollout(values: Values) -> Iterator[str]:

@@ -124,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
         f"{len(result['acc'])} drafts)",
         f"accept_length      {result['accept_length']:.2f}  (greedy, chain of {chain} drafts: "
         f"tokens per verify step, {result['prompts']} prompts, {result['reply_tokens']} tokens)",
-        f"  as engines count {result['accept_length_engine']:.2f}  (with drafts accepted behind "
+        f"  as engines count {result['accept_length_engine']:.2f}  (with drafts accepted past "
         f"the end of a reply)",
         f"  untrained head   {result['accept_length_untrained']:.2f}",
     ]

@@ -128,6 +128,7 @@ WITHOUT_EFFECT = {
     "profiler_steps=3": "give profiler=xplane",
     "skip_jax_distributed_system=True distributed_coordinator=a:1": "has no effect with dist",
     "checkpoint_period=7 enable_checkpointing=False": "checkpoint_period=7 has no effect",
+    "decode_recurrent_position_offset=1 decode_draft_steps=1": "has no effect with decode_draft",
 }
 
 

@@ -63,7 +63,7 @@ RULES = [
     ["target_expert_embed", ["fsdp"]],
     ["target_expert_mlp", ["tensor"]],
 ]
-WHOLE_BATCHES = [rule for rule in RULES if not rule[0].endswith("_batch")]  # as when decoding
+WHOLE_BATCHES = [rule for rule in RULES if not rule[0].endswith("_batch")]
 
 needs_eight = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs eight devices")
 

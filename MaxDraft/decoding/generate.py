@@ -18,6 +18,7 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -100,7 +101,7 @@ def prefill(
     drafter_states, drafter_cache = spec.drafter.absorb(
         params.drafter,
         spec.drafter.empty_cache(batch, num_slots, spec.target.dtype),
-        _embed(spec, params, next_tokens),
+        spec.target.embed(params.target, next_tokens),
         aux_hidden_states,
         context.slots,
         context.positions,
@@ -143,7 +144,7 @@ def propose(spec: DecodeSpec, params: DecodeParams, state: DecodeState) -> Propo
         *spec.drafter.draft(
             params.drafter,
             state.drafter_cache,
-            embed=lambda tokens: _embed(spec, params, tokens),
+            embed=functools.partial(spec.target.embed, params.target),
             state=state.drafter_state,
             token=state.last_token,
             slots=last,
@@ -195,7 +196,7 @@ def commit(
     drafter_states, drafter_cache = spec.drafter.absorb(
         params.drafter,
         proposal.drafter_cache,
-        _embed(spec, params, acceptance.tokens),
+        spec.target.embed(params.target, acceptance.tokens),
         verification.aux_hidden_states,
         context.slots,
         context.positions,
@@ -215,8 +216,8 @@ def commit(
 def grow(spec: DecodeSpec, state: DecodeState, acceptance: Acceptance) -> tuple[Reply, jax.Array]:
     """The reply with its new tokens, and whether it goes on.
 
-    A reply ends with its first stop token, or at max_new_tokens; what was accepted behind the end
-    is counted in accepted_drafts, and is not part of the reply.
+    A reply ends with its first stop token, or at max_new_tokens. What was accepted past that end is
+    counted in accepted_drafts, but is not part of the reply.
     """
     reply, tokens = state.reply, acceptance.tokens
     place = jnp.arange(tokens.shape[1])
@@ -225,23 +226,19 @@ def grow(spec: DecodeSpec, state: DecodeState, acceptance: Acceptance) -> tuple[
     before_stop = jnp.cumsum(stops, axis=1) - stops == 0
     fits = place < (spec.max_new_tokens - reply.length)[:, None]
     emitted = state.active[:, None] & committed & before_stop & fits
-    # Tokens that are not emitted are written past the end, that is: dropped.
-    where = jnp.where(emitted, reply.length[:, None] + place, spec.max_new_tokens)
-    write = jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))
+    # Tokens that are not emitted get a place outside the array, where a write is dropped.
+    places = jnp.where(emitted, reply.length[:, None] + place, spec.max_new_tokens)
+    write = jax.vmap(lambda row, index, new: row.at[index].set(new, mode="drop"))
     accepted = state.active[:, None] & (place[:-1] < acceptance.num_accepted[:, None])
     length = reply.length + emitted.sum(1)
     grown = Reply(
-        tokens=write(reply.tokens, where, tokens),
+        tokens=write(reply.tokens, places, tokens),
         length=length,
         verify_steps=reply.verify_steps + state.active,
         accepted_drafts=reply.accepted_drafts + accepted,
     )
     ended = (emitted & stops).any(1) | (length >= spec.max_new_tokens)
     return grown, state.active & ~ended
-
-
-def _embed(spec: DecodeSpec, params: DecodeParams, tokens: jax.Array) -> jax.Array:
-    return decoder.embed(params.target, tokens, spec.target.dtype)
 
 
 def _target_logits(

@@ -1,8 +1,8 @@
 """Real speculative decoding of held-out prompts, measured against plain decoding.
 
 accept_length         tokens that verify steps added to replies / verify steps, all prompts pooled
-accept_length_engine  the same with the drafts that were accepted behind the end of a reply, as the
-                      logs of engines count (prompts.py has both definitions)
+accept_length_engine  (accepted drafts + 1) / verify steps: the drafts that were accepted past the
+                      end of a reply count too, as in the logs of engines (see prompts.py)
 lossless              every greedy reply equals the target's plain greedy reply, token for token
 speedup               tokens per second, speculative / plain, same prompts, same run
 """

@@ -1,8 +1,8 @@
-"""Decodes many prompts on the mesh, some at a time, and keeps the time.
+"""Decodes many prompts on the mesh, some at a time, and measures the time.
 
 Every call of the compiled function takes the same number of prompts, split over all devices. A
-prompt's random key depends on its number alone, so that a reply is the same in whatever company it
-is decoded.
+prompt's random key depends on its number alone, so that its reply does not depend on which prompts
+are decoded beside it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ class DecodedPrompts:
 
     @property
     def accept_length_engine(self) -> float:
-        """(accepted drafts + 1) / verify steps: as accept_length, but drafts that were accepted
-        behind a stop token or behind max_new_tokens count too, and so does the target's own token.
+        """(accepted drafts + 1) / verify steps, pooled over all prompts.
 
-        This is the counting of the engines' logs: accept-len of sglang-jax and SGLang, 1 + accepted
-        / drafts of vLLM. It does not depend on max_new_tokens for a drafter that is always right.
+        Every verify step counts all drafts that it accepted and the target's own token, also those
+        past a stop token or past max_new_tokens, which accept_length leaves out. So the logs of
+        engines count: accept-len of sglang-jax and SGLang, 1 + accepted / drafts of vLLM. A drafter
+        of N drafts that is always right reads N + 1, whatever the length of its replies.
         """
         if not self.verify_steps:
             return 0.0
@@ -88,15 +89,15 @@ def decode_prompts(
     batches = [tuple(map(_on_mesh, batch)) for batch in prompt_batches(prompts, batch_size)]
     jax.block_until_ready(decode(params, *batches[0]))  # compiles
     began = time.monotonic()
-    found = jax.block_until_ready([decode(params, *batch) for batch in batches])
+    replies = jax.block_until_ready([decode(params, *batch) for batch in batches])
     seconds = time.monotonic() - began
-    found = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(found))
+    reply = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(replies))
     count = len(prompts)
     return DecodedPrompts(
-        replies=[found.tokens[row, : found.length[row]].tolist() for row in range(count)],
+        replies=[reply.tokens[row, : reply.length[row]].tolist() for row in range(count)],
         seconds=seconds,
-        verify_steps=int(found.verify_steps[:count].sum()),
-        accepted_drafts=found.accepted_drafts[:count].sum(0),
+        verify_steps=int(reply.verify_steps[:count].sum()),
+        accepted_drafts=reply.accepted_drafts[:count].sum(0),
     )
 
 

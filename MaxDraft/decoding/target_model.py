@@ -121,6 +121,12 @@ class TargetModel:
             )
         )
 
+    def embed(self, params: Tree, tokens: jax.Array) -> jax.Array:
+        """tokens int [B, S] -> [B, S, H], looked up where the target has its batch."""
+        tokens = constrain(tokens, "target_batch", None)
+        embeddings = decoder.embed(params, tokens, self.dtype)
+        return constrain(embeddings, "target_batch", None, None)
+
     def extend(
         self,
         params: Tree,
@@ -129,7 +135,7 @@ class TargetModel:
         context: CachedContext,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Reads tokens -> aux_hidden_states [B, S, K * H], last_hidden_state [B, S, H], cache."""
-        embeddings = decoder.embed(params, tokens, self.dtype)
+        embeddings = self.embed(params, tokens)
         aux_hidden_states, last_hidden_state, cache = decoder.run_layers(
             params, embeddings, self.dims, self.target_layer_ids, context, cache
         )
