@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from goldens import recipe
 
-from MaxDraft.layers.experts import Experts, Router
+from MaxDraft.layers.expert_products import Experts
 from MaxDraft.layers.rope import Rope
+from MaxDraft.layers.router import Router
 from MaxDraft.targets.dims import (
     MLA,
     Attention,
@@ -48,7 +49,7 @@ def test_latent_attention_becomes_heads_of_128_that_fill_the_hidden_size():
 def test_experts_alone_give_the_width_that_a_token_passes_through():
     moe = Experts(128, 768, Router(8))
     assert draft_shape(target(Layer(GQA, moe))).intermediate_size == 8 * 768
-    shared = dataclasses.replace(moe, shared_size=1000)
+    shared = dataclasses.replace(moe, shared_intermediate_size=1000)
     assert draft_shape(target(Layer(GQA, shared))).intermediate_size == 8 * 768 + 1000
     wide = Experts(64, 14336, Router(4))
     assert draft_shape(target(Layer(GQA, wide))).intermediate_size == 6 * 4096
@@ -102,3 +103,13 @@ def test_every_golden_family_has_a_head():
         assert shape.num_heads % shape.num_kv_heads == 0
         assert shape.num_kv_heads >= 2
         assert shape.rope.rotary_dim == shape.head_dim
+
+
+def test_a_target_whose_heads_cannot_be_rotated_in_pairs_is_an_error():
+    latent = MLA(4, 0, 8, 8, 4, 8, ROPE, 1.0)
+    for hidden_size in (1, 3, 7):
+        with pytest.raises(TargetError, match=f"hidden_size {hidden_size} is too small"):
+            draft_shape(target(Layer(latent, Mlp(64)), hidden_size=hidden_size))
+    odd = dataclasses.replace(GQA, head_dim=15, rope=dataclasses.replace(ROPE, rotary_dim=6))
+    with pytest.raises(TargetError, match="15 dimensions cannot be rotated"):
+        draft_shape(target(Layer(odd, Mlp(64))))

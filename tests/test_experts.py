@@ -1,4 +1,4 @@
-"""layers/experts.py against a loop over tokens and experts in float64, and against transformers."""
+"""Mixtures of experts against a loop over tokens in float64, and against transformers."""
 
 import dataclasses
 import functools
@@ -12,47 +12,58 @@ import pytest
 from jax.sharding import Mesh
 
 from MaxDraft.cost.mixture_flops import mixture_flops
-from MaxDraft.layers import experts
-from MaxDraft.layers.experts import (
+from MaxDraft.layers.expert_products import (
+    MATRICES,
     Experts,
-    Router,
     block_rows,
     by_ragged_dot,
     in_blocks,
-    mixture,
-    route,
+    sort_by_expert,
 )
+from MaxDraft.layers.experts import mixture
 from MaxDraft.layers.params import Quantized
 from MaxDraft.layers.quantized import dequantize
+from MaxDraft.layers.router import Router, route
 from MaxDraft.sharding import active_rules, axis_rules
 
 H, I, E = 16, 24, 8
 WIDE, WIDE_INNER = 2048, 768  # sizes of a published mixture, traced and not run
 ROUTERS = {
     "softmax": Router(3),
-    "softmax, normalized": Router(3, normalize=True, factor=2.5),
-    "softmax in groups": Router(3, groups=4, top_groups=2, factor=16.0),
+    "softmax, normalized": Router(3, norm_topk_prob=True, routed_scaling_factor=2.5),
+    "softmax in groups": Router(3, n_group=4, topk_group=2, routed_scaling_factor=16.0),
     "softmax of the chosen": Router(3, "softmax_top", bias=True),
     "sigmoid": Router(1, "sigmoid"),
     "sigmoid, biased choice": Router(
-        4, "sigmoid", selection_bias=True, normalize=True, normalize_eps=1e-20, factor=1.8
+        4,
+        "sigmoid",
+        selection_bias=True,
+        norm_topk_prob=True,
+        norm_eps=1e-20,
+        routed_scaling_factor=1.8,
     ),
     "sigmoid, biased choice in groups": Router(
-        3, "sigmoid", selection_bias=True, normalize=True, factor=2.5, groups=4, top_groups=2,
+        3,
+        "sigmoid",
+        selection_bias=True,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        n_group=4,
+        topk_group=2,
         group_score="top2",
     ),
-}  # fmt: skip
+}
 MIXTURES = {
     "silu": Experts(E, I, Router(3)),
-    "gelu": Experts(E, I, Router(2, normalize=True), activation="gelu_tanh"),
+    "gelu": Experts(E, I, Router(2, norm_topk_prob=True), activation="gelu_tanh"),
     "clipped, with biases": Experts(
         E, I, ROUTERS["softmax of the chosen"], activation="clipped", bias=True
     ),
     "weighed input, shared": Experts(
-        E, I, ROUTERS["sigmoid"], weigh_input=True, shared_size=20
+        E, I, ROUTERS["sigmoid"], apply_router_weight_on_input=True, shared_intermediate_size=20
     ),
-    "gated shared": Experts(E, I, Router(4), shared_size=12, shared_gate=True),
-}  # fmt: skip
+    "gated shared": Experts(E, I, Router(4), shared_intermediate_size=12, shared_gate=True),
+}
 FORMS = {"blocks": in_blocks, "ragged dot": by_ragged_dot}
 AXES = ("data", "fsdp", "expert", "tensor")
 RULES = [
@@ -74,7 +85,7 @@ def normal(rng, *shape, scale=1.0):
 
 def weights_of(dims, seed=0):
     rng = np.random.default_rng(seed)
-    E, I, S = dims.num_experts, dims.intermediate_size, dims.shared_size
+    E, I, S = dims.num_experts, dims.intermediate_size, dims.shared_intermediate_size
 
     def matrix(*shape, scale=1.0):
         return normal(rng, *shape, scale=scale * shape[-2] ** -0.5)
@@ -146,20 +157,20 @@ def plain_route(x, w, router):
         logits
     )
     choice = scores + w.get("score_bias", 0)
-    size = len(choice) // router.groups
-    groups = choice.reshape(router.groups, size)
+    size = len(choice) // router.n_group
+    groups = choice.reshape(router.n_group, size)
     of_group = [np.sort(g)[-(1 if router.group_score == "max" else 2) :].sum() for g in groups]
     allowed = {
-        g * size + i for g in best(np.array(of_group), router.top_groups) for i in range(size)
+        g * size + i for g in best(np.array(of_group), router.topk_group) for i in range(size)
     }
     choice = np.array([c if e in allowed else -np.inf for e, c in enumerate(choice)])
     chosen = best(choice, router.top_k)
     weights = scores[chosen]
     if router.scores == "softmax_top":
         weights = softmax(weights)
-    if router.normalize:
-        weights = weights / (weights.sum() + router.normalize_eps)
-    return dict(zip(chosen, weights * router.factor, strict=True))
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum() + router.norm_eps)
+    return dict(zip(chosen, weights * router.routed_scaling_factor, strict=True))
 
 
 def plain_expert(x, w, e, activation):
@@ -178,7 +189,7 @@ def plain_chosen(x, chosen, weights, w, dims):
         np.arange(chosen.size) // chosen.shape[1], chosen.flat, weights.flat, strict=True
     ):
         if 0 <= e < len(w["gate"]):
-            if dims.weigh_input:
+            if dims.apply_router_weight_on_input:
                 y[n] += plain_expert(weight * x[n], w, e, dims.activation)
             else:
                 y[n] += weight * plain_expert(x[n], w, e, dims.activation)
@@ -263,7 +274,7 @@ def test_a_mixture_is_the_loop_over_experts(name):
 
 
 def own(w):
-    return {name: w[name] for name in experts.MATRICES if name in w}
+    return {name: w[name] for name in MATRICES if name in w}
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 90])
@@ -359,7 +370,7 @@ def test_no_more_than_twice_the_rows_are_multiplied_and_a_quarter_more_of_large_
 def test_blocks_of_experts_that_are_elsewhere_are_not_multiplied():
     rng = np.random.default_rng(0)
     chosen = jnp.asarray(rng.integers(0, 4 * E, (200, 4)))  # a quarter is here
-    slots = experts._sort(chosen, E, 4)
+    slots = sort_by_expert(chosen, E, 4)
     here = int((chosen < E).sum())
     multiplied = int((slots.expert < E).sum())
     assert here <= multiplied <= here + 3 * E < chosen.size / 2
@@ -503,48 +514,76 @@ V3 = SIZES | {
     "routed_scaling_factor": 2.5,
 }
 V3_DIMS = Experts(
-    E, I, dataclasses.replace(ROUTERS["sigmoid, biased choice in groups"], normalize_eps=1e-20),
-    shared_size=2 * I,
+    E, I, dataclasses.replace(ROUTERS["sigmoid, biased choice in groups"], norm_eps=1e-20),
+    shared_intermediate_size=2 * I,
 )  # fmt: skip
 V2 = V3 | {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
 MIXTRAL = SIZES | {"intermediate_size": I, "num_local_experts": E}
 QWEN = SIZES | {"moe_intermediate_size": I, "num_experts": E, "norm_topk_prob": True}
 LIVE = {  # module, block, config, its fields, dimensions
     "deepseek_v2": (
-        "DeepseekV2Moe", "DeepseekV2Config", V2,
-        Experts(E, I, Router(3, groups=4, top_groups=2, factor=2.5), shared_size=2 * I),
+        "DeepseekV2Moe",
+        "DeepseekV2Config",
+        V2,
+        Experts(
+            E,
+            I,
+            Router(3, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+            shared_intermediate_size=2 * I,
+        ),
     ),
     "deepseek_v2, greedy": (
-        "DeepseekV2Moe", "DeepseekV2Config", V2 | {"topk_method": "greedy"},
-        Experts(E, I, Router(3, factor=2.5), shared_size=2 * I),
+        "DeepseekV2Moe",
+        "DeepseekV2Config",
+        V2 | {"topk_method": "greedy"},
+        Experts(E, I, Router(3, routed_scaling_factor=2.5), shared_intermediate_size=2 * I),
     ),
     "deepseek_v3": ("DeepseekV3MoE", "DeepseekV3Config", V3, V3_DIMS),
     "glm4_moe": ("Glm4MoeMoE", "Glm4MoeConfig", V3, V3_DIMS),
     "glm4_moe_lite": ("Glm4MoeLiteMoE", "Glm4MoeLiteConfig", V3, V3_DIMS),
     "minimax_m2": (
-        "MiniMaxM2SparseMoeBlock", "MiniMaxM2Config", MIXTRAL,
-        Experts(E, I, Router(3, "sigmoid", selection_bias=True, normalize=True)),
+        "MiniMaxM2SparseMoeBlock",
+        "MiniMaxM2Config",
+        MIXTRAL,
+        Experts(E, I, Router(3, "sigmoid", selection_bias=True, norm_topk_prob=True)),
     ),
     "mixtral": (
-        "MixtralSparseMoeBlock", "MixtralConfig", MIXTRAL, Experts(E, I, Router(3, normalize=True))
+        "MixtralSparseMoeBlock",
+        "MixtralConfig",
+        MIXTRAL,
+        Experts(E, I, Router(3, norm_topk_prob=True)),
     ),
     "qwen2_moe": (
-        "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig",
+        "Qwen2MoeSparseMoeBlock",
+        "Qwen2MoeConfig",
         QWEN | {"norm_topk_prob": False, "shared_expert_intermediate_size": 20},
-        Experts(E, I, Router(3), shared_size=20, shared_gate=True),
+        Experts(E, I, Router(3), shared_intermediate_size=20, shared_gate=True),
     ),
     "qwen3_moe": (
-        "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig", QWEN, Experts(E, I, Router(3, normalize=True))
+        "Qwen3MoeSparseMoeBlock",
+        "Qwen3MoeConfig",
+        QWEN,
+        Experts(E, I, Router(3, norm_topk_prob=True)),
     ),
     "gpt_oss": (
-        "GptOssMLP", "GptOssConfig", MIXTRAL,
+        "GptOssMLP",
+        "GptOssConfig",
+        MIXTRAL,
         Experts(E, I, Router(3, "softmax_top", bias=True), activation="clipped", bias=True),
     ),
     "llama4": (
-        "Llama4TextMoe", "Llama4TextConfig", MIXTRAL | {"num_experts_per_tok": 2},
-        Experts(E, I, Router(2, "sigmoid"), weigh_input=True, shared_size=I),
+        "Llama4TextMoe",
+        "Llama4TextConfig",
+        MIXTRAL | {"num_experts_per_tok": 2},
+        Experts(
+            E,
+            I,
+            Router(2, "sigmoid"),
+            apply_router_weight_on_input=True,
+            shared_intermediate_size=I,
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def live_block(name, block, config, fields):

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft.cost import traced_flops
-from MaxDraft.layers.experts import Experts, Router, mixture, route
+from MaxDraft.layers.expert_products import Experts
+from MaxDraft.layers.experts import mixture
+from MaxDraft.layers.router import Router, route
 
 
 def mixture_flops(

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 
 from MaxDraft.errors import UserError
-from MaxDraft.layers.experts import Experts, Router  # noqa: F401, families import all from here
+from MaxDraft.layers.expert_products import Experts
 from MaxDraft.layers.params import TensorLayout
 from MaxDraft.layers.rope import Rope
+from MaxDraft.layers.router import Router  # noqa: F401, families import all from here
 
 
 class TargetError(UserError):

@@ -1,7 +1,7 @@
-"""What a draft head for a target looks like where the config does not say: one layer of Llama.
+"""The shape that a draft head has where the configuration gives none: one layer of Llama.
 
-That is the form which serving engines read: plain grouped-query attention with a full rotary
-embedding, and a SiLU-gated MLP, whatever the target itself is made of.
+That is the form that serving engines read: grouped-query attention (GQA) with a rotary embedding of
+whole heads, and an MLP gated by SiLU, whatever the target itself is made of.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import dataclasses
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import MLA, Attention, DecoderDims, Experts, Mlp, TargetError
 
-MIN_KV_HEADS = 2  # an engine (sglang-jax) crashes on one
-LATENT_HEAD_DIM = 128
-LATENT_KV_HEADS = 8
+MIN_KV_HEADS = 2  # sglang-jax crashes on a single one
+MLA_HEAD_DIM = 128
+MLA_KV_HEADS = 8
 MAX_WIDTH = 6  # times the hidden size; the widest that published heads have
 
 
@@ -29,32 +29,48 @@ class DraftShape:
 
 
 def draft_shape(target: DecoderDims) -> DraftShape:
-    """Heads of the target's softmax attention, width of its MLP, base of its rotary embedding.
+    """The heads of the target's softmax attention, the width of its MLP, its rotary embedding.
 
-    Latent attention has no key/value heads to take: heads of 128 that fill the hidden size, eight
-    or fewer of them for keys and values. A target of experts alone gives the width that a token
-    passes through: its chosen experts and the shared one, at most MAX_WIDTH hidden sizes.
+    MLA has no key/value heads that could be taken: a head for it has query heads of 128 that fill
+    the hidden size, and at most eight key/value heads. A target whose layers are all mixtures of
+    experts gives the width that a token passes through: that of its chosen experts and of the
+    shared one, at most MAX_WIDTH hidden sizes.
+
+    TargetError where no layer of the target has attention, or none has a rotary embedding, or where
+    heads cannot be rotated in pairs.
     """
     mixers = [layer.mixer for layer in target.layers]
-    softmax = [m for m in mixers if isinstance(m, Attention)]
-    if not any(isinstance(m, Attention | MLA) for m in mixers):
-        raise TargetError("no layer of the target has attention with heads for a draft head")
+    softmax = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    latent = [mixer for mixer in mixers if isinstance(mixer, MLA)]
     if softmax:
         heads, kv_heads = softmax[0].num_heads, softmax[0].num_kv_heads
-        head_dim = softmax[0].head_dim
-        # Of two, the one of the layers that see everything.
-        ropes = [m.rope for m in sorted(softmax, key=lambda m: m.window) if m.rope]
-        if not ropes:
-            raise TargetError("no layer of the target has a rotary embedding for a draft head")
-        rope = ropes[0]
+        head_dim, rope = softmax[0].head_dim, _softmax_rope(softmax)
+    elif latent:
+        head_dim = min(MLA_HEAD_DIM, target.hidden_size // 4 // 2 * 2)
+        if head_dim < 2:
+            raise TargetError(
+                f"config.json: hidden_size {target.hidden_size} is too small for a draft head"
+            )
+        heads, rope = target.hidden_size // head_dim, latent[0].rope
+        kv_heads = max(n for n in range(1, MLA_KV_HEADS + 1) if heads % n == 0)
     else:
-        latent = next(m for m in mixers if isinstance(m, MLA))
-        head_dim = min(LATENT_HEAD_DIM, target.hidden_size // 4)
-        heads, rope = target.hidden_size // head_dim, latent.rope
-        kv_heads = max(n for n in range(1, LATENT_KV_HEADS + 1) if heads % n == 0)
+        raise TargetError("no layer of the target has attention with heads for a draft head")
+    if head_dim % 2:
+        raise TargetError(
+            f"a draft head has heads of the target's size, and {head_dim} dimensions cannot be "
+            f"rotated in pairs"
+        )
     if kv_heads < MIN_KV_HEADS and heads % MIN_KV_HEADS == 0:
         kv_heads = MIN_KV_HEADS
     return DraftShape(_width(target), heads, kv_heads, head_dim, _draft_rope(rope, head_dim))
+
+
+def _softmax_rope(mixers: list[Attention]) -> Rope:
+    """That of the layers that see everything, where windowed layers have one of their own."""
+    ropes = [mixer.rope for mixer in sorted(mixers, key=lambda mixer: mixer.window) if mixer.rope]
+    if not ropes:
+        raise TargetError("no layer of the target has a rotary embedding for a draft head")
+    return ropes[0]
 
 
 def _width(target: DecoderDims) -> int:
@@ -63,18 +79,18 @@ def _width(target: DecoderDims) -> int:
     if dense:
         return dense[0]
     experts = next(part for part in parts if isinstance(part, Experts))
-    active = experts.router.top_k * experts.intermediate_size + experts.shared_size
-    return min(active, MAX_WIDTH * target.hidden_size)
+    chosen = experts.router.top_k * experts.intermediate_size
+    return min(chosen + experts.shared_intermediate_size, MAX_WIDTH * target.hidden_size)
 
 
 def _draft_rope(rope: Rope, head_dim: int) -> Rope:
-    """The target's base and, where a Llama can have it, its scaling; every dimension turned.
+    """The target's theta and, where a Llama can have it, its scaling; all dimensions are rotated.
 
-    Longrope and yarn's variants (DeepSeek's scaled scores, gpt-oss' ramp between dimensions) are
-    forms that engines do not read in a Llama head: there the head turns by the plain base, as
-    published heads of these targets do.
+    Longrope and the variants of yarn (DeepSeek, which scales the scores instead; gpt-oss, whose
+    ramp ends between dimensions) are forms that engines do not read in a Llama head. There the head
+    has the default embedding, as published heads of these targets do.
     """
-    variant = rope.rope_type == "yarn" and (rope.attention_scaling == 1.0 or not rope.truncate)
-    if rope.rope_type == "longrope" or variant:
+    yarn_variant = rope.rope_type == "yarn" and (rope.attention_scaling == 1 or not rope.truncate)
+    if rope.rope_type == "longrope" or yarn_variant:
         return Rope(theta=rope.theta, rotary_dim=head_dim)
     return dataclasses.replace(rope, rotary_dim=head_dim, interleaved=False)

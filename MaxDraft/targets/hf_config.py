@@ -63,20 +63,20 @@ def _check_routing(experts: Experts) -> None:
     E, router = experts.num_experts, experts.router
     if not 1 <= router.top_k <= E:
         raise TargetError(f"config.json: a token cannot choose {router.top_k} of {E} experts")
-    if E % router.groups or not 1 <= router.top_groups <= router.groups:
+    if E % router.n_group or not 1 <= router.topk_group <= router.n_group:
         raise TargetError(
-            f"config.json: {E} experts cannot be chosen from the best {router.top_groups} of "
-            f"{router.groups} groups"
+            f"config.json: {E} experts cannot be chosen from the best {router.topk_group} of "
+            f"{router.n_group} groups"
         )
-    size = E // router.groups
-    if router.groups > 1 and router.top_k > router.top_groups * size:
+    size = E // router.n_group
+    if router.n_group > 1 and router.top_k > router.topk_group * size:
         raise TargetError(
-            f"config.json: a token cannot choose {router.top_k} experts from {router.top_groups} "
+            f"config.json: a token cannot choose {router.top_k} experts from {router.topk_group} "
             f"groups of {size}"
         )
     if router.group_score == "top2" and size < 2:
         raise TargetError(
-            f"config.json: n_group {router.groups} leaves {size} of {E} experts in a group, whose "
+            f"config.json: n_group {router.n_group} leaves {size} of {E} experts in a group, whose "
             f"score is the sum of its best two"
         )
 

@@ -279,8 +279,8 @@ class _Layer:
             table["score_bias"] = self.vector(
                 "experts/score_bias", E, init="zeros", dtype=jnp.float32
             )
-        if e.shared_size:
-            table["shared"] = self.mlp(Mlp(e.shared_size), "experts/shared")
+        if e.shared_intermediate_size:
+            table["shared"] = self.mlp(Mlp(e.shared_intermediate_size), "experts/shared")
         if e.shared_gate:
             table["shared_gate"] = self.matrix("experts/shared_gate", H, 1, (None, None))
         return table

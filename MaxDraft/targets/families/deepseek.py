@@ -41,7 +41,7 @@ def experts(config: Mapping[str, Any], router: Router) -> Experts:
         intermediate_size=size,
         router=router,
         activation=hf_config.activation(config),
-        shared_size=size * field(config, "n_shared_experts"),
+        shared_intermediate_size=size * field(config, "n_shared_experts"),
     )
 
 
@@ -52,11 +52,11 @@ def sigmoid_router(config: Mapping[str, Any]) -> Router:
         top_k=field(config, "num_experts_per_tok"),
         scores="sigmoid",
         selection_bias=True,
-        normalize=field(config, "norm_topk_prob"),
-        normalize_eps=1e-20,
-        factor=field(config, "routed_scaling_factor"),
-        groups=field(config, "n_group"),
-        top_groups=field(config, "topk_group"),
+        norm_topk_prob=field(config, "norm_topk_prob"),
+        norm_eps=1e-20,
+        routed_scaling_factor=field(config, "routed_scaling_factor"),
+        n_group=field(config, "n_group"),
+        topk_group=field(config, "topk_group"),
         group_score="top2",
     )
 
@@ -71,7 +71,7 @@ def _softmax(config: Mapping[str, Any]) -> Router:
     limited = method == "group_limited_greedy"
     return Router(
         top_k=field(config, "num_experts_per_tok"),
-        factor=field(config, "routed_scaling_factor"),
-        groups=field(config, "n_group") if limited else 1,
-        top_groups=field(config, "topk_group") if limited else 1,
+        routed_scaling_factor=field(config, "routed_scaling_factor"),
+        n_group=field(config, "n_group") if limited else 1,
+        topk_group=field(config, "topk_group") if limited else 1,
     )

@@ -34,8 +34,8 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
         intermediate_size=size,
         router=Router(field(config, "num_experts_per_tok"), "sigmoid"),
         activation=hf_config.activation(config),
-        weigh_input=True,
-        shared_size=size,
+        apply_router_weight_on_input=True,
+        shared_intermediate_size=size,
     )
     mlp = hf_config.mlp(config, "intermediate_size_mlp")
     step = field(config, "interleave_moe_layer_step")

@@ -49,10 +49,10 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
                 f"partial_rotary_factor makes it {rope.rotary_dim}"
             )
         mixer = hf_config.attention(config, rope=rope, qk_norm="all_heads")
-        router = Router(top_k, "sigmoid", selection_bias=True, normalize=True)
+        router = Router(top_k, "sigmoid", selection_bias=True, norm_topk_prob=True)
     else:
         mixer = hf_config.attention(config, window=field(config, "sliding_window"))
-        router = Router(top_k, normalize=True)
+        router = Router(top_k, norm_topk_prob=True)
     moe = Experts(
         num_experts=field(config, "num_local_experts"),
         intermediate_size=field(config, "intermediate_size"),

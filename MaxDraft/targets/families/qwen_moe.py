@@ -62,9 +62,9 @@ def experts(config: Mapping[str, Any]) -> Experts:
         intermediate_size=field(config, "moe_intermediate_size"),
         router=Router(
             top_k=field(config, "num_experts_per_tok"),
-            normalize=field(config, "norm_topk_prob"),
+            norm_topk_prob=field(config, "norm_topk_prob"),
         ),
         activation=hf_config.activation(config),
-        shared_size=shared,
+        shared_intermediate_size=shared,
         shared_gate=bool(shared),
     )
