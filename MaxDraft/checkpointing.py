@@ -10,6 +10,7 @@ and a run may go on under others.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class Checkpoints:
         self._identity: dict[str, Any] = {}
         self._step_being_saved: int | None = None
         self._folder = config.run_directory / "checkpoints"
+        if not read_only:
+            _hide_closed_event_loops()
         self._manager = self._open()
 
     def set_identity(self, identity: Mapping[str, Any]) -> None:
@@ -252,6 +255,23 @@ class Checkpoints:
             f"a checkpoint could not be written to {self._folder} ({_first_line(error)}); those "
             f"that are there are whole. Make room and give the same command again"
         )
+
+
+def _hide_closed_event_loops() -> None:
+    """Keeps one exception out of the log that tells nobody anything.
+
+    When one write of a save fails (a full disk), Orbax ends the event loop of that save and raises
+    the failure, which is printed as the error it is. Its other writes still come to their ends, and
+    each would print a traceback that says "Event loop is closed".
+    """
+    print_exception = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            print_exception(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _held_out_loss(metrics: Mapping[str, Any]) -> float:

@@ -30,11 +30,14 @@ from MaxDraft.errors import run_main
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
 from MaxDraft.run import training_run
+from MaxDraft.run.folder import check_export_directory
 from MaxDraft.run.training_run import OpenedRun
 
 
 def main(argv: Sequence[str]) -> int:
-    run = training_run.open_for_export(pyconfig.initialize(argv, from_run=True))
+    config = pyconfig.initialize(argv, from_run=True)
+    check_export_directory(config)
+    run = training_run.open_for_export(config)
     step, params, vocabulary = run.restore_head()
     export(run, step, params, vocabulary)
     return 0

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +171,16 @@ def test_saving_returns_before_the_files_are_hashed(config, monkeypatch):
     assert not hashed
     opened.close()
     assert hashed and restore(config)[0] == 10
+
+
+def test_a_failed_save_prints_no_closed_event_loop(config, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: printed.append(raised.exc_value))
+    opened = checkpoints(config)
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("something else")):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    opened.close()
+    assert [str(error) for error in printed] == ["something else"]
 
 
 def test_a_run_without_a_drafter_was_eagle3s(config):

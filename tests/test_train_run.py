@@ -94,6 +94,15 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(job):
     assert "Traceback" not in printed
 
 
+def test_what_is_wrong_with_export_path_is_told_at_once(job):
+    (job.folder / "file").write_text("")
+    for path, told in ((job.target, "which no export wrote"), (job.folder / "file" / "x", "file")):
+        printed = job.run(status=2, export_path=path)
+        assert told in printed
+        assert "another export_path" in printed
+        assert "encoding" not in printed  # not even the data were read
+
+
 def test_two_processes_take_the_same_steps_as_one(whole, job):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

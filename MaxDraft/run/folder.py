@@ -1,10 +1,13 @@
-"""The run's folder: made, found to be this run's, and locked."""
+"""The run's folder: made, found to be this run's, and locked; and the folder of its export."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import jax
 
 from MaxDraft import pyconfig, storage
+from MaxDraft.convert.heads.export import may_be_replaced
 from MaxDraft.pyconfig import Config
 from MaxDraft.resume import ResumeError, check_same_config
 
@@ -14,17 +17,39 @@ def make_run_directory(config: Config) -> None:
     folder = config.run_directory
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        storage.write_text(folder / ".writable", "")
-        storage.remove(folder / ".writable")
-        config.export_directory.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(folder)
     except OSError as error:
         raise ResumeError(
-            f"the run's folder {folder} or export_path cannot be written ({error.strerror}: "
-            f"{error.filename}); give another base_output_directory or export_path"
+            f"the run's folder {folder} cannot be written ({error.strerror}: {error.filename}); "
+            f"give another base_output_directory"
         ) from error
     begun = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
     if begun and (folder / pyconfig.SAVED_NAME).is_file():
         check_same_config(pyconfig.read_saved(folder), config)
+
+
+def check_export_directory(config: Config) -> None:
+    """Raises now what would keep the head from being written there after hours of training.
+
+    ResumeError where the folder cannot be made, CheckpointError where it holds something that no
+    export wrote. What exports left there whose process was killed is removed.
+    """
+    folder = config.export_directory
+    may_be_replaced(folder)
+    try:
+        _try_to_write(folder.parent)
+    except OSError as error:
+        raise ResumeError(
+            f"the head cannot be written to {folder} ({error.strerror}: {error.filename}); give "
+            f"another export_path"
+        ) from error
+    storage.remove_abandoned(folder.parent)
+
+
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_text(folder / ".writable", "")
+    storage.remove(folder / ".writable")
 
 
 def lock_run_directory(config: Config) -> None:
@@ -36,3 +61,4 @@ def lock_run_directory(config: Config) -> None:
             f"{config.run_directory} is being trained by another process; wait for it, stop it, or "
             f"give another run_name"
         )
+    storage.remove_abandoned(config.run_directory)

@@ -35,7 +35,7 @@ from MaxDraft.optimizer import OptimizerConfig, learning_rate_schedule, make_opt
 from MaxDraft.pyconfig import Config
 from MaxDraft.resume import ResumeError
 from MaxDraft.run.data import RunData, open_data
-from MaxDraft.run.folder import lock_run_directory, make_run_directory
+from MaxDraft.run.folder import check_export_directory, lock_run_directory, make_run_directory
 from MaxDraft.run.spec import drafter_options, make_mesh, step_spec
 from MaxDraft.run.target import (
     Target,
@@ -133,6 +133,7 @@ def open_for_training(config: Config) -> TrainingRun:
     """A run that begins, or goes on from what its folder holds; nobody else may train it."""
     config = _prepared(config)
     lock_run_directory(config)
+    check_export_directory(config)
     checkpoints = Checkpoints(config, say)
     return _with_data(_opened(config, checkpoints, checkpoints.saved_identity()))
 
