@@ -201,6 +201,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_reader_that_is_killed(tmp_path):
     script = tmp_path / "reader.py"
     script.write_text(KILLED_READER)

@@ -114,7 +114,7 @@ def test_any_damage_to_gzip_is_our_error(content):
         assert_every_record_is_counted(*read(content))
 
 
-@settings(max_examples=500, **COMMON)
+@settings(max_examples=250, **COMMON)
 @given(VALUES)
 def test_any_json_is_a_record_or_a_reason(value):
     try:
@@ -224,7 +224,7 @@ def tokenizer_folder(tmp_path_factory):
 def test_any_damage_to_a_tokenizer_is_our_error(tokenizer_folder):
     start = time.monotonic()
 
-    @settings(max_examples=60, **COMMON)
+    @settings(max_examples=40, **COMMON)
     @given(st.data())
     def damage(data):
         name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))

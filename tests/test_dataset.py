@@ -365,7 +365,9 @@ def test_the_summary_names_every_number_and_its_denominator(tmp_path):
         f"100 of 500 tokens; they are 98.76% of the {written} assistant tokens to train on",
     ):
         assert expected in text
-    assert json.loads(json.dumps(summary.as_dict()))["train"]["assistant_tokens"] == written
+    whole = json.loads(json.dumps(summary.as_dict()))
+    assert whole["train"]["assistant_tokens"] == written
+    assert whole["ignored_fields"] == {} and whole["template_date"] == "2024-07-26"
 
 
 def test_a_sample_shows_the_mask():

@@ -80,6 +80,7 @@ HELLO = [("user", "Hello"), ("assistant", "Hi")]
         (openai(*HELLO, conversations=None), HELLO),
         ({"messages": None, **sharegpt(("human", "Hello"), ("bing", "Hi"))}, HELLO),
         (sharegpt(("human", "Hello"), ("bard", "Hi")), HELLO),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": True}]}, HELLO),
         (openai(*HELLO, system="Be kind."), [("system", "Be kind."), *HELLO]),
         (sharegpt(("human", "Hello"), ("gpt", "Hi"), system=""), HELLO),
         (
@@ -171,7 +172,8 @@ def with_field(**fields):
             with_field(content=None, tool_calls=[{}]),
             "a message with 'tool_calls', which is not supported",
         ),
-        (with_field(weight=0), "a message with a 'weight' other than 1, which is not supported"),
+        (with_field(weight=0), "a message with 'weight' other than 1, which is not supported"),
+        (with_field(train=False), "a message with 'train' other than 1, which is not supported"),
         ({**GOOD, "tools": "[{}]"}, "a record with 'tools', which is not supported"),
         (
             openai(("system", "a"), *HELLO, system="b"),
