@@ -20,7 +20,8 @@ from MaxDraft.convert.engines.report import engine_report
 from MaxDraft.convert.heads.check import ExportError, chain_differences, check_export
 from MaxDraft.convert.heads.export import export_head, rope_fields
 from MaxDraft.convert.heads.load import load_head
-from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
+from MaxDraft.convert.safetensors_files import SINGLE
+from MaxDraft.convert.stored_tensor import CheckpointError
 from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.drafts.eagle3.numpy_twin import EngineHead
 from MaxDraft.drafts.vocabulary import DraftVocabulary

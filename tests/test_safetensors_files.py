@@ -12,9 +12,9 @@ import pytest
 from any_json import JSON, SETTINGS, mutated, only_user_errors
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from MaxDraft.convert.loading import Source
+from MaxDraft.convert.read_tensor import Source
 from MaxDraft.convert.safetensors_files import (
     INDEX,
     SINGLE,
@@ -275,7 +275,8 @@ def test_any_header_gives_tensors_that_can_be_read_or_an_error(tmp_path, header)
     for name, tensor in (only_user_errors(CheckpointError, read_header, file) or {}).items():
         array = only_user_errors(CheckpointError, tensor.read)
         if array is not None:
-            np.testing.assert_array_equal(array, load_file(file)[name])
+            assert list(array.shape) == header[name]["shape"]
+            assert array.tobytes() == bytes(array.nbytes)
 
 
 @SETTINGS

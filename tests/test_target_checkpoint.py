@@ -18,20 +18,17 @@ from safetensors.numpy import save_file
 
 from MaxDraft import pyconfig, sharding
 from MaxDraft.convert import loading
-from MaxDraft.convert.loading import Source, load_parameters
-from MaxDraft.convert.safetensors_files import (
-    INDEX,
-    SINGLE,
-    CheckpointError,
-    open_safetensors,
-)
+from MaxDraft.convert.loading import load_parameters
+from MaxDraft.convert.read_tensor import Source
+from MaxDraft.convert.safetensors_files import INDEX, SINGLE, open_safetensors
+from MaxDraft.convert.stored_tensor import CheckpointError
 from MaxDraft.convert.target.checkpoint import (
-    check_target_config,
     load_target,
     read_config,
     target_fingerprint,
     unused_tensors,
 )
+from MaxDraft.convert.target.config_check import check_target_config
 from MaxDraft.layers.params import Param, Part, TensorLayout, flatten, shardings
 from MaxDraft.targets.table import decoder_params
 

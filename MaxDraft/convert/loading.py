@@ -15,148 +15,35 @@ read whole rows instead, and exchange them among each other:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from MaxDraft.convert.finite import check_finite
-from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor, will_need
-from MaxDraft.convert.target.quantization import (
-    FP8_SUFFIXES,
-    SCALES,
-    Fp8Tensor,
-    Index,
-    Mxfp4Tensor,
-    Reader,
-    ScaleTensor,
-    WeightTensor,
-    oriented,
+from MaxDraft.convert.differences import differences, listed
+from MaxDraft.convert.read_tensor import Ranges, Source
+from MaxDraft.convert.stored_tensor import CheckpointError, Index
+from MaxDraft.convert.target.mxfp4 import Mxfp4Tensor
+from MaxDraft.convert.target.quantization import WeightTensor
+from MaxDraft.convert.tensor_layout import (
+    find_layout,
+    per_expert,
+    piece_shape,
+    tensor_name,
+    tensor_names,
 )
-from MaxDraft.layers.params import Param, TensorLayout, Tree, flatten
+from MaxDraft.layers.params import Param, TensorLayout, Tree
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
-_SHOWN = 20  # differences listed in one error
-# A transposed or dequantized copy walks the file's rows in strips, so that both sides, and what is
-# computed between them, stay in the CPU's cache.
-_STRIP = 32
 # Bytes that go to a device at once; or a layer's matrix, or an expert's, where that is more.
 _PIECE = 16 << 20
 
-Ranges = tuple[range, ...]
 
-
-# ---------------------------------------------------------------------------------- names, shapes
-def tensor_name(layout: TensorLayout, layer: int | None, expert: int | None = None) -> str:
-    """The checkpoint's name for one layer's parameter, or one expert's."""
-    return layout.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
-
-
-def tensor_names(param: Param, layout: TensorLayout) -> list[str]:
-    """All names behind a parameter: of its layers, and of their experts."""
-    layers = [None] if param.layers is None else param.layers
-    experts = range(param.shape[0]) if per_expert(layout) else [None]
-    return [tensor_name(layout, layer, expert) for layer in layers for expert in experts]
-
-
-def per_expert(layout: TensorLayout) -> bool:
-    """Whether every expert has a tensor of its own."""
-    return "{expert}" in layout.name
-
-
-def find_layout(tensors: Mapping[str, WeightTensor], param: Param) -> TensorLayout:
-    """The first layout whose tensors are all there; the default where none is complete."""
-    for layout in param.layouts:
-        if all(name in tensors for name in tensor_names(param, layout)):
-            return layout
-    return param.layouts[0]
-
-
-def stored_shape(param: Param, layout: TensorLayout | None = None) -> tuple[int, ...]:
-    """Shape of one tensor in the file; layout None: the default one."""
-    layout = layout or param.layouts[0]
-    return _as_stored(_piece_shape(param, layout), layout)
-
-
-def _as_stored(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, ...]:
-    *lead, last = shape
-    shape = (*lead, layout.part.total if layout.part else last)
-    return (*shape[:-2], shape[-1], shape[-2]) if layout.transposed else shape
-
-
-def _piece_shape(param: Param, layout: TensorLayout) -> tuple[int, ...]:
-    """What one tensor holds of the parameter."""
-    return param.shape[1:] if per_expert(layout) else param.shape
-
-
-def differences(tensors: Mapping[str, WeightTensor], table: Tree) -> list[str]:
-    """Every tensor of the table that the files lack, hold in another shape, or as no weight."""
-    lines = []
-    for _, param in flatten(table):
-        layout = find_layout(tensors, param)
-        expected = stored_shape(param, layout)
-        for name in tensor_names(param, layout):
-            if name not in tensors:
-                lines.append(f"{name}: missing, expected {list(expected)}")
-            else:
-                problem = _problem(tensors[name], param, layout, expected)
-                problem = problem or _stray_scale(name, tensors)
-                lines += [problem] if problem else []
-    return lines
-
-
-def _problem(
-    tensor: WeightTensor, param: Param, layout: TensorLayout, expected: tuple[int, ...]
-) -> str | None:
-    if isinstance(tensor, ScaleTensor):
-        return tensor.of.problem(layout.transposed)
-    is_quantized = isinstance(tensor, Fp8Tensor | Mxfp4Tensor)
-    stays_quantized = not is_quantized and tensor.dtype == "U8" and param.dtype == np.uint8
-    if not (is_quantized or stays_quantized or tensor.dtype in WEIGHT_DTYPES):
-        return (
-            f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} where {list(expected)} of "
-            f"{', '.join(WEIGHT_DTYPES)} is expected; take a checkpoint that is not quantized"
-        )
-    if _without_ones(tensor.shape) != _without_ones(expected):
-        return f"{tensor.name}: expected {list(expected)}, found {list(tensor.shape)}"
-    return tensor.problem(layout.transposed) if is_quantized else None
-
-
-def _stray_scale(name: str, tensors: Mapping[str, WeightTensor]) -> str | None:
-    """A scale beside a tensor that is not quantized: nobody knows whether it is applied already."""
-    if not isinstance(tensors[name], StoredTensor):
-        return None
-    scales = [name + suffix for suffix in FP8_SUFFIXES if name + suffix in tensors]
-    if not scales:
-        return None
-    return (
-        f"{name}: is {tensors[name].dtype} with a scale {scales[0]} beside it; take a checkpoint "
-        f"that is not quantized"
-    )
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution's [C, 1, W] holds the same as [C, W]."""
-    return tuple(size for size in shape if size != 1)
-
-
-def listed(lines: list[str]) -> str:
-    """The first lines, indented, and how many more there are."""
-    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "".join(f"\n  {line}" for line in lines[:_SHOWN] + more)
-
-
-# ----------------------------------------------------------------------------------------- reading
 def load_parameters(
     folder: Path,
     tensors: Mapping[str, WeightTensor],
@@ -176,97 +63,6 @@ def load_parameters(
         device = SingleDeviceSharding(jax.local_devices()[0])
         placement = jax.tree.map(lambda _: device, table)
     return jax.tree.map(lambda p, place: _load(tensors, p, place), table, placement)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One tensor, as what it holds of a parameter: [in, out], [experts, in, out], [size]."""
-
-    tensor: WeightTensor
-    layout: TensorLayout
-    shape: tuple[int, ...]
-    raw: bool  # quantized numbers stay as they are, as bytes
-
-    def copy_to(self, out: np.ndarray, ranges: Ranges) -> None:
-        """out[...] = parameter[ranges], converted to out's dtype."""
-        read, tensor = self._reader(), self.tensor
-        index = tuple(slice(r.start, r.stop) for r in ranges)
-        computed = isinstance(tensor, Fp8Tensor | Mxfp4Tensor) and not self.raw
-        if not isinstance(tensor, ScaleTensor):
-            will_need(self._in_file(index))
-        if len(index) < 2 or not (computed or self.layout.transposed):
-            out[...] = read(index)
-            self._check_finite(out)
-            return
-        # Strips of the file's rows, which are the parameter's last dimension where it is turned.
-        axis = -1 if self.layout.transposed or isinstance(tensor, Mxfp4Tensor) else -2
-
-        def copy_strip(strip: tuple[Index, Index]) -> None:
-            there, here = strip
-            out[here] = read(there)
-
-        for _ in _threads().map(copy_strip, _strips(index, axis)):
-            pass  # or what a thread raised would be lost
-        self._check_finite(out)
-
-    def _check_finite(self, out: np.ndarray) -> None:
-        """CheckpointError where a number is not finite; bytes are checked for what they mean."""
-        tensor = self.tensor
-        if self.raw and isinstance(tensor, Fp8Tensor):
-            out = out.view(tensor.values.map().dtype)
-        elif self.raw and tensor.name.endswith(SCALES):
-            out = out.view(ml_dtypes.float8_e8m0fnu)
-        if not self.raw or out.dtype != np.uint8:
-            check_finite(f"{tensor.name} in {tensor.file}", out)
-
-    def _in_file(self, index: Index) -> np.ndarray:
-        """The stored numbers that a range takes, where they lie."""
-        if not isinstance(self.tensor, Mxfp4Tensor):
-            return self._lying()[index]
-        *lead, inputs, outputs = index
-        pairs = slice(inputs.start // 2, -(-inputs.stop // 2))
-        by_rows = dataclasses.replace(self.layout, transposed=True)
-        return oriented(self.tensor.blocks.map(), by_rows, self.shape)[(*lead, pairs, outputs)]
-
-    def _lying(self) -> np.ndarray:
-        """The whole tensor in the order of the parameter; FP8 as bytes."""
-        tensor = self.tensor
-        if isinstance(tensor, Fp8Tensor):
-            tensor = dataclasses.replace(tensor.values, dtype="U8")
-        return oriented(
-            tensor.map().reshape(_as_stored(self.shape, self.layout)), self.layout, self.shape
-        )
-
-    def _reader(self) -> Reader:
-        if isinstance(self.tensor, StoredTensor) or (
-            isinstance(self.tensor, Fp8Tensor) and self.raw
-        ):
-            return self._lying().__getitem__
-        return self.tensor.reader(self.layout, self.shape)
-
-
-def _strips(index: Index, axis: int) -> Iterator[tuple[Index, Index]]:
-    """(place in the parameter, place in the output) of every strip of every expert."""
-    sizes = [1] * (len(index) - 2) + [at.stop - at.start for at in index[-2:]]
-    sizes[axis] = _STRIP
-    for starts in itertools.product(
-        *(range(at.start, at.stop, size) for at, size in zip(index, sizes, strict=True))
-    ):
-        there = tuple(
-            slice(start, min(start + size, at.stop))
-            for start, size, at in zip(starts, sizes, index, strict=True)
-        )
-        here = tuple(
-            slice(part.start - at.start, part.stop - at.start)
-            for part, at in zip(there, index, strict=True)
-        )
-        yield there, here
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    """Strips are read and converted side by side: neither holds Python's lock."""
-    return ThreadPoolExecutor(os.cpu_count(), "loading")
 
 
 def _load(tensors: Mapping[str, WeightTensor], param: Param, place: Sharding) -> jax.Array:
@@ -294,7 +90,7 @@ def _read(
     tensors: Mapping[str, WeightTensor], param: Param, layout: TensorLayout, ranges: Ranges
 ) -> np.ndarray:
     """parameter[ranges] from the files of its layers and experts."""
-    shape, raw = _piece_shape(param, layout), np.dtype(param.dtype) == np.uint8
+    shape, raw = piece_shape(param, layout), np.dtype(param.dtype) == np.uint8
     out = np.empty([len(r) for r in ranges], param.dtype)
 
     def copy_layer(out: np.ndarray, layer: int | None, ranges: Ranges) -> None:

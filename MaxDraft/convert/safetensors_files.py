@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 # Bits of a number of every dtype that the format has, also of those that are not read here.
 _BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "U32": 32, "U64": 64},
-    **{"F64": 64, "C64": 64},
+    **{"F64": 64, "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{code: 8 * dtype.itemsize for code, dtype in DTYPES.items()},
 }
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -27,6 +28,9 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+
+Index = tuple[slice, ...]
+Reader = Callable[[Index], np.ndarray]  # from a range of a parameter to its numbers
 
 
 class CheckpointError(UserError):

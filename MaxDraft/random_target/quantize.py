@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from MaxDraft.convert.target.quantization import BLOCKS, E2M1, MX_BLOCK, SCALES
+from MaxDraft.convert.target.mxfp4 import BLOCKS, E2M1, MX_BLOCK, SCALES
 
 
 def plain(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

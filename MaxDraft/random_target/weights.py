@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from MaxDraft.convert.loading import per_expert, stored_shape, tensor_name
+from MaxDraft.convert.tensor_layout import per_expert, stored_shape, tensor_name
 from MaxDraft.drafts.eagle3.dims import default_captured_layers
 from MaxDraft.layers.params import Param, flatten
 from MaxDraft.random_target.configs import VOCAB_SIZE

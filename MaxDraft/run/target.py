@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from MaxDraft import distributed
 from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
+from MaxDraft.convert.target.config_check import check_target_config
 from MaxDraft.convert.target.quantized_params import keep_quantized
 from MaxDraft.drafts.drafter import Drafter
 from MaxDraft.layers.params import Tree
@@ -66,9 +67,7 @@ def open_target(config: Config, drafter: type[Drafter]) -> Target:
     path = config.target_directory
     hf_config = registry.text_config(target_checkpoint.read_config(path))
     target_checkpoint.open_weights(path)  # refuses what cannot be read before any data is encoded
-    target_checkpoint.check_target_config(
-        config.target_config, hf_config, f"configs/models/{config.model_name}.yml"
-    )
+    check_target_config(config.target_config, hf_config, f"configs/models/{config.model_name}.yml")
     dims = registry.dims_from_config(hf_config)
     captured_layers = drafter.captured_layers(config.target_layer_ids, dims.num_layers)
     if config.max_target_length > dims.max_length:

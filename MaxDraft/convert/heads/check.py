@@ -20,8 +20,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from MaxDraft.convert.loading import listed, stored_shape
-from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError, read_header, read_json
+from MaxDraft.convert.differences import listed
+from MaxDraft.convert.safetensors_files import SINGLE, read_header, read_json
+from MaxDraft.convert.stored_tensor import CheckpointError
+from MaxDraft.convert.tensor_layout import stored_shape
 from MaxDraft.drafts.drafter import DraftInputs
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.eagle3.dims import HeadDims

@@ -20,7 +20,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from MaxDraft import storage
-from MaxDraft.convert.safetensors_files import SINGLE, CheckpointError
+from MaxDraft.convert.safetensors_files import SINGLE
+from MaxDraft.convert.stored_tensor import CheckpointError
 from MaxDraft.drafts.eagle3.dims import HeadDims
 from MaxDraft.drafts.eagle3.head import head_params
 from MaxDraft.drafts.vocabulary import DraftVocabulary

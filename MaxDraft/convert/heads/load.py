@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from MaxDraft.convert.loading import differences, listed, load_parameters
-from MaxDraft.convert.safetensors_files import CheckpointError, StoredTensor, open_safetensors
+from MaxDraft.convert.differences import differences, listed
+from MaxDraft.convert.loading import load_parameters
+from MaxDraft.convert.safetensors_files import open_safetensors
+from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor
 from MaxDraft.convert.target.checkpoint import read_config
 from MaxDraft.drafts.eagle3.dims import HeadDims, default_captured_layers
 from MaxDraft.drafts.eagle3.drafter import Eagle3

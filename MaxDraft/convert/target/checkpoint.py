@@ -13,41 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from MaxDraft.convert.loading import find_layout, listed, load_parameters, tensor_names
+from MaxDraft.convert.loading import load_parameters
 from MaxDraft.convert.safetensors_files import open_safetensors, read_json
 from MaxDraft.convert.stored_tensor import CheckpointError, StoredTensor
-from MaxDraft.convert.target.quantization import (
-    Mxfp4Tensor,
-    WeightTensor,
-    check_packing,
-    pair,
-    part_names,
-)
+from MaxDraft.convert.target.mxfp4 import Mxfp4Tensor
+from MaxDraft.convert.target.quantization import WeightTensor, check_packing, pair, part_names
 from MaxDraft.convert.target.quantization_config import (
     DECLARATION_FILES,
     Quantization,
     quantization_of,
 )
+from MaxDraft.convert.tensor_layout import find_layout, tensor_names
 from MaxDraft.layers.params import Tree, flatten
-from MaxDraft.targets.fields import default
-from MaxDraft.targets.model_file import agrees
-from MaxDraft.targets.registry import text_config
 
-ROPE_FIELDS = (
-    "rope_theta",
-    "rope_local_base_freq",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-)
-_SCALING_FIELDS = ("rope_scaling", "rope_parameters")
-# Two names of one field, by the version of transformers that wrote it.
-_SYNONYMS = {
-    "num_experts": "num_local_experts",
-    "num_local_experts": "num_experts",
-    "hidden_act": "hidden_activation",
-    "hidden_activation": "hidden_act",
-}
 _EMBEDDING = "embed_tokens.weight"
 # What multimodal checkpoints put for "model." before the language model's tensors.
 _TEXT_SIDES = ("language_model.model.", "model.language_model.", "language_model.")
@@ -80,92 +58,6 @@ def read_quantization(folder: Path) -> Quantization | None:
     # A folder of tensors alone has no config.json, and declares nothing.
     config = read_config(folder) if (folder / "config.json").is_file() else {}
     return quantization_of(config, files)
-
-
-def check_target_config(
-    expected: Mapping[str, Any], config: Mapping[str, Any], model_file: str
-) -> None:
-    """One CheckpointError that names each field in which config.json differs from a model YAML.
-
-    expected: the `target_config` of `model_file`. config: of the language model, in a multimodal
-    checkpoint its text_config. All spellings of rope are compared by their values, and an absent
-    field by what it means (targets/fields.py). A model file may list values of several releases.
-    """
-    config = text_config(config)
-    lines = []
-    for field, wanted in expected.items():
-        value = _effective(config, field)
-        if field not in ROPE_FIELDS and not agrees(field, wanted, value):
-            lines.append(_line(field, wanted, value))
-    lines += _rope_differences(expected, config)
-    if lines:
-        raise CheckpointError(
-            f"the target is not the one that {model_file} was written for:{listed(lines)}\n"
-            f"Give another model_name or target_path"
-        )
-
-
-def _effective(config: Mapping[str, Any], field: str) -> Any:
-    for name in (field, _SYNONYMS.get(field)):
-        if config.get(name) is not None:
-            return config[name]
-    if field == "num_key_value_heads":
-        return config.get("num_attention_heads")
-    if field == "head_dim" and config.get("hidden_size") and config.get("num_attention_heads"):
-        return config["hidden_size"] // config["num_attention_heads"]
-    return default(field)
-
-
-def _line(field: str, expected: Any, found: Any) -> str:
-    expected = list(expected) if isinstance(expected, tuple) else expected  # a frozen YAML list
-    there = "does not have it" if found is None else f"has {found!r}"
-    return f"{field}: the model file has {expected!r}, config.json {there}"
-
-
-def _rope_differences(expected: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    if not any(field in expected for field in ROPE_FIELDS):
-        return []
-    wanted, found = _rope(expected), _rope(config)
-    fields = wanted.keys() | found.keys()
-    if not any(field in expected for field in _SCALING_FIELDS):
-        fields = wanted.keys()  # the model file is silent about the scaling
-    fields = {field for field in fields if field in wanted or not field.endswith("rope_theta")}
-    values = {
-        field: tuple(rope.get(field, default(field.split(".")[-1])) for rope in (wanted, found))
-        for field in sorted(fields)
-    }
-    return [_line(field, a, b) for field, (a, b) in values.items() if not agrees(field, a, b)]
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All spellings of rope as one flat dict, without nulls.
-
-    Where full and windowed layers have rotary embeddings of their own, the fields are
-    full_attention.rope_theta, sliding_attention.rope_theta and so on.
-    """
-    outer = {
-        field: config.get(field)
-        for field in ("rope_theta", "partial_rotary_factor")
-        if config.get(field) is not None
-    }
-    parameters = config.get("rope_parameters") or {}
-    by_layer = {kind: said for kind, said in parameters.items() if isinstance(said, Mapping)}
-    if by_layer:
-        said = {kind: _spelled(said) for kind, said in by_layer.items()}
-    else:
-        plain = _spelled(outer | dict(config.get("rope_scaling") or {}) | dict(parameters))
-        if config.get("rope_local_base_freq") is None:
-            return plain
-        local = {"rope_theta": config["rope_local_base_freq"]}
-        said = {"full_attention": plain, "sliding_attention": local}
-    return {f"{kind}.{field}": value for kind in said for field, value in said[kind].items()}
-
-
-def _spelled(said: Mapping[str, Any]) -> dict[str, Any]:
-    said = {field: value for field, value in said.items() if value is not None}
-    if "type" in said:  # the spelling before rope_type
-        said.setdefault("rope_type", said.pop("type"))
-    return said
 
 
 def target_fingerprint(folder: Path) -> str:

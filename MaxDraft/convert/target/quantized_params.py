@@ -1,7 +1,7 @@
 """Which parameters of a target stay quantized in memory, and how their parts lie there.
 
-A Param whose tensors are all quantized in one way becomes a Quantized of two Params, so that
-shardings, shapes, counting and loading go on as for any table. Small things stay as they were:
+A Param whose tensors are all quantized in one format becomes a Quantized of two Params, so that
+shardings, shapes, counting and loading go on as for any table. Small parameters are dequantized:
 norms and biases are vectors, embedding and head name the vocabulary, routers have no split axis.
 """
 
@@ -14,21 +14,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from MaxDraft.convert.loading import find_layout, per_expert, tensor_names
-from MaxDraft.convert.target.quantization import (
-    BLOCKS,
-    MX_BLOCK,
-    SCALES,
-    Fp8Tensor,
-    Grid,
-    Mxfp4Tensor,
-    WeightTensor,
-    part_names,
-)
+from MaxDraft.convert.target.fp8 import Fp8Tensor, Grid
+from MaxDraft.convert.target.mxfp4 import BLOCKS, MX_BLOCK, SCALES, Mxfp4Tensor
+from MaxDraft.convert.target.quantization import WeightTensor, part_names
+from MaxDraft.convert.tensor_layout import find_layout, per_expert, tensor_names
 from MaxDraft.layers.params import Param, Part, Quantized, TensorLayout, Tree, flatten
 
 EXPERTS, VOCAB = "target_experts", "target_vocab"
-KEPT = "F8_E4M3"
+FP8_IN_MEMORY = "F8_E4M3"
 # Axes that no mesh axis of tensor parallelism splits.
 WHOLE = ("target_embed", "target_expert_embed", None)
 
@@ -38,7 +31,7 @@ def keep_quantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> Tree:
 
     tensors: open_weights(...).
     """
-    return jax.tree.map(lambda param: _kept(param, tensors) or param, table)
+    return jax.tree.map(lambda param: _quantized_param(param, tensors) or param, table)
 
 
 def dequantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> list[str]:
@@ -54,27 +47,30 @@ def dequantized(table: Tree, tensors: Mapping[str, WeightTensor]) -> list[str]:
     ]
 
 
-def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None:
+def _quantized_param(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None:
+    """The parameter as its files hold it; None where it is dequantized on loading."""
     split = {axis for axis in param.axes[-2:] if axis is not None}
     if len(param.shape) < 2 or not split or VOCAB in split:
         return None
     layout = find_layout(tensors, param)
     names = tensor_names(param, layout)
-    found = [tensors.get(name) for name in names]
+    stored = [tensors.get(name) for name in names]
     if any(
         not isinstance(tensor, Fp8Tensor | Mxfp4Tensor) or tensor.problem(layout.transposed)
-        for tensor in found
+        for tensor in stored
     ):
-        return None  # or an error, which loading tells
+        return None  # loading raises an error where a scale is missing or misshaped
     inputs, outputs = param.axes[-2:]
     by_inputs = inputs in WHOLE and outputs not in WHOLE
     tiled = "in" if by_inputs else "out"
-    if all(isinstance(tensor, Mxfp4Tensor) for tensor in found):
+    if all(isinstance(tensor, Mxfp4Tensor) for tensor in stored):
         return _mxfp4(param, layout, tiled)
-    if all(isinstance(tensor, Fp8Tensor) and tensor.values.dtype == KEPT for tensor in found):
+    if all(
+        isinstance(tensor, Fp8Tensor) and tensor.values.dtype == FP8_IN_MEMORY for tensor in stored
+    ):
         kinds = {
             (tensor.grid(layout.transposed), _name_end(name, tensors))
-            for name, tensor in zip(names, found, strict=True)
+            for name, tensor in zip(names, stored, strict=True)
         }
         # Layers that are quantized differently cannot be stacked.
         return _fp8(param, layout, tiled, *kinds.pop()) if len(kinds) == 1 else None
@@ -82,7 +78,7 @@ def _kept(param: Param, tensors: Mapping[str, WeightTensor]) -> Quantized | None
 
 
 def _name_end(name: str, tensors: Mapping[str, WeightTensor]) -> str:
-    """What the scale's name has after the values' name."""
+    """The end by which the scale's name differs from that of the values."""
     return part_names(name, tensors)[0].removeprefix(name)
 
 
