@@ -129,12 +129,17 @@ def loss_mask(spec: StepSpec, batch: Batch) -> jax.Array:
 
 
 def replicated_teacher(spec: StepSpec, frozen: FrozenParams) -> ReplicatedTeacher:
-    """The target's LM head over the draft vocabulary, and that vocabulary's inverse."""
+    """The target's LM head over the draft vocabulary, that vocabulary's inverse, special tokens."""
     ids = frozen.draft_to_target
     target_to_draft = jnp.full(spec.source.vocab_size, -1, jnp.int32)
     target_to_draft = target_to_draft.at[ids].set(jnp.arange(len(ids), dtype=jnp.int32))
-    lm_head = spec.source.teacher_lm_head(frozen.source, ids)
-    return ReplicatedTeacher(lm_head, target_to_draft, spec.source.logit_softcap)
+    special_ids = jnp.asarray(spec.drafter.special_token_ids, jnp.int32)
+    return ReplicatedTeacher(
+        lm_head=spec.source.teacher_lm_head(frozen.source, ids),
+        target_to_draft=target_to_draft,
+        special_embeddings=spec.source.embed(frozen.source, special_ids),
+        logit_softcap=spec.source.logit_softcap,
+    )
 
 
 # -------------------------------------------------------------------------- 2. the drafter's part
@@ -171,7 +176,11 @@ def device_inputs(
     """
     batch, outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, outputs))
     inputs = DraftInputs.from_rows(
-        outputs.embeddings, outputs.aux_hidden_states, batch["positions"], batch["segment_ids"]
+        outputs.embeddings,
+        outputs.aux_hidden_states,
+        batch["positions"],
+        batch["segment_ids"],
+        teacher.special_embeddings,
     )
     mask = loss_mask(spec, batch)
     in_vocab_mask = mask & alignment.teacher_in_vocab(

@@ -105,6 +105,9 @@ class GivenTarget:
     def teacher_lm_head(self, params, token_ids):
         return decoder.teacher_lm_head(params, token_ids)
 
+    def embed(self, params, token_ids):
+        return decoder.embed(params, token_ids, jnp.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class GivenTotals(Eagle3):

@@ -5,6 +5,7 @@ import types
 import jax.numpy as jnp
 
 from MaxDraft import compile_step
+from MaxDraft.drafts.drafter import Drafter
 from MaxDraft.drafts.eagle3 import head as eagle3
 from MaxDraft.drafts.eagle3.dims import HeadDims
 from MaxDraft.drafts.eagle3.drafter import Eagle3
@@ -76,7 +77,8 @@ def random_head(dims: HeadDims, seed: int = 1):
 
 def training_programs(config, target, head, mesh, total_steps=10, captured_layers=CAPTURE):
     """The step's programs as a run has them: TrainingPrograms' fields, evaluate, spec."""
-    spec = step_spec(config, target, captured_layers, Eagle3(head), mesh)
+    drafter = head if isinstance(head, Drafter) else Eagle3(head)
+    spec = step_spec(config, target, captured_layers, drafter, mesh)
     settings = OptimizerConfig.from_config(config)
     schedule = learning_rate_schedule(settings, total_steps)
     optimizer = make_optimizer(settings, schedule, spec.drafter.params_table())

@@ -67,6 +67,7 @@ class DraftInputs:
     aux_hidden_states: jax.Array  # [L, C * H] outputs of the target's captured layers
     positions: jax.Array  # int [L] inside each document
     document_starts: jax.Array  # int [L] where each token's document begins
+    special_embeddings: jax.Array  # [S, H] of the drafter's special_token_ids
     row_length: int = dataclasses.field(metadata={"static": True})  # T
 
     @classmethod
@@ -76,13 +77,17 @@ class DraftInputs:
         aux_hidden_states: jax.Array,  # [B, T, C * H]
         positions: jax.Array,  # int [B, T]
         segment_ids: jax.Array,  # int [B, T]
+        special_embeddings: jax.Array | None = None,  # [S, H]; None: there are none
     ) -> DraftInputs:
         """Lays rows end to end; no document goes on from one packed row to the next."""
+        if special_embeddings is None:
+            special_embeddings = jnp.zeros((0, embeddings.shape[-1]), embeddings.dtype)
         B, T = segment_ids.shape
         offsets = jnp.arange(B, dtype=jnp.int32)[:, None] * T
         starts = document_starts(segment_ids) + offsets
         arrays = (embeddings, aux_hidden_states, positions, starts)
-        return cls(*(x.reshape(-1, *x.shape[2:]) for x in arrays), row_length=T)
+        flat = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+        return cls(*flat, special_embeddings=special_embeddings, row_length=T)
 
 
 class Drafter(abc.ABC):
@@ -126,6 +131,11 @@ class Drafter(abc.ABC):
     @abc.abstractmethod
     def draft_vocab_size(self) -> int | None:
         """D, the target's tokens that can be drafted; None: all of them, and no choice is made."""
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Target ids whose embeddings are read besides the text's: a block's mask token."""
+        return ()
 
     @property
     @abc.abstractmethod

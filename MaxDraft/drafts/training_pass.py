@@ -38,10 +38,11 @@ class RolloutConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReplicatedTeacher:
-    """What turns hidden states into the teacher of the draft vocabulary, whole on every device."""
+    """What of the target's weights drafting and its supervision need, whole on every device."""
 
     lm_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
     target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
+    special_embeddings: jax.Array  # [S, H] of the drafter's special_token_ids
     logit_softcap: float = dataclasses.field(metadata={"static": True})  # the target's; 0: none
 
 

@@ -71,6 +71,9 @@ class FeatureSource(Protocol):
     def teacher_lm_head(self, params: Tree, token_ids: jax.Array) -> jax.Array:
         """The target's LM head [H, D], columns of `token_ids` int32 [D]."""
 
+    def embed(self, params: Tree, token_ids: jax.Array) -> jax.Array:
+        """The target's embeddings [S, H] of `token_ids` int32 [S]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class OnlineTarget:
@@ -120,3 +123,6 @@ class OnlineTarget:
 
     def teacher_lm_head(self, params: Tree, token_ids: jax.Array) -> jax.Array:
         return decoder.teacher_lm_head(params, token_ids)
+
+    def embed(self, params: Tree, token_ids: jax.Array) -> jax.Array:
+        return decoder.embed(params, token_ids, self.dtype)

@@ -211,7 +211,8 @@ def _trained_logits(
 ) -> jax.Array:  # [chains, K, D]
     """Logits of the training rollout at the last row before each chain, in float32."""
     T = len(embeddings)
-    inputs = DraftInputs(embeddings, features, positions, jnp.zeros(T, jnp.int32), T)
+    one_document = jnp.ones((1, T), jnp.int32)
+    inputs = DraftInputs.from_rows(embeddings[None], features[None], positions[None], one_document)
     states = rollout_everywhere(params, dims, inputs, steps, T)
     last = jnp.asarray(CHAIN_ROWS) - 1
     return jnp.stack([eagle3.logits(params, dims, state[last]) for state in states], axis=1)
