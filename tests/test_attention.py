@@ -322,6 +322,19 @@ def test_attention_over_a_cache_equals_packed_attention(fed):
     assert harness.relative_error(ours, expected) < TOLERANCE
 
 
+def test_the_tokens_of_a_block_all_see_each_other():
+    # A block drafter's mask: context of 11 tokens, then 4 that see it and the whole block.
+    q, k, v = narrow(x[1:] for x in make(0))
+    visible = slots_up_to(jnp.full((1, 4), 14), 18)
+    ours = cached_attention(q[:, 11:15], k, v, visible)
+    q, k, v = (np.asarray(x[0], np.float64) for x in (q[:, 11:15], k[:, :15], v[:, :15]))
+    k, v = (np.repeat(x, 2, axis=1) for x in (k, v))  # two query heads share a key head
+    weights = np.exp(np.einsum("qnd,knd->qnk", q, k) * q.shape[-1] ** -0.5)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("qnk,knd->qnd", weights, v)
+    assert harness.relative_error(ours[0], expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=5), Scoring(chunk=4)])
 def test_the_order_of_cache_slots_changes_nothing(scoring):
     # The tokens lie anywhere in the cache; what is visible and where tokens stand is given.

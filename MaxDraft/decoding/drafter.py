@@ -6,7 +6,8 @@
 
 With x[0..n-1] committed, the target and the drafter have read all but x[n-1]: the drafter's row i
 belongs to x[i] and may read the embedding of x[i+1]. Row i lies in slot i. A drafter writes what it
-needs for drafting into the free slots from n-1 on; absorb writes over them.
+needs for drafting into the free slots from n-1 on; absorb writes over them. A drafter that needs
+more than N + 1 of them at the end of a text makes its cache longer than it is asked to.
 
 B batch, S rows, C cache slots, H hidden size, V vocabulary, N drafts.
 """
