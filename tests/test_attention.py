@@ -40,9 +40,11 @@ def one_row(q, k, v, segments, own_k=(), own_v=()):
     for i in range(len(q)):
         for n in range(q.shape[1]):
             m = n // group
-            seen = [j for j in range(i + 1) if segments[j] == segments[i]]
-            keys = [k[j, m] for j in seen] + [own[m] for own in (own_k[i] if len(own_k) else [])]
-            values = [v[j, m] for j in seen] + [own[m] for own in (own_v[i] if len(own_v) else [])]
+            visible = [j for j in range(i + 1) if segments[j] == segments[i]]
+            keys = [k[j, m] for j in visible] + [own[m] for own in (own_k[i] if len(own_k) else [])]
+            values = [v[j, m] for j in visible] + [
+                own[m] for own in (own_v[i] if len(own_v) else [])
+            ]
             scores = np.exp(np.array([q[i, n] @ key for key in keys]) / np.sqrt(q.shape[-1]))
             out[i, n] = (scores / scores.sum()) @ np.array(values)
     return out
@@ -53,8 +55,8 @@ def dense(q, k, v, own_k=None, own_v=None):
     T, group = q.shape[1], q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
     scores = jnp.einsum("bind,bjnd->bnij", q, k) / np.sqrt(q.shape[-1])
-    seen = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tri(T, dtype=bool)
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    visible = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tri(T, dtype=bool)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
     if own_k is not None:
         own_k, own_v = jnp.repeat(own_k, group, 3), jnp.repeat(own_v, group, 3)
         beside = jnp.einsum("bind,bijnd->bnij", q, own_k) / np.sqrt(q.shape[-1])
@@ -104,12 +106,12 @@ def test_attention_equals_a_loop_over_queries_and_keys(own_keys, block, num_kv_h
         for b in range(len(SEGMENTS))
     ]
     q, k, v, *own = narrow(arrays)
-    ours, _ = attended(q, k, v, own, block, kernel)
-    assert harness.relative_error(ours, np.stack(expected)) < TOLERANCE
+    computed, _ = attended(q, k, v, own, block, kernel)
+    assert harness.relative_error(computed, np.stack(expected)) < TOLERANCE
     if not own_keys:
         block = block_for(kernel, block)
         same = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block, kernel=kernel)
-        np.testing.assert_array_equal(same, ours)
+        np.testing.assert_array_equal(same, computed)
 
 
 @pytest.mark.parametrize("own_keys", [0, 3, 6])
@@ -135,9 +137,9 @@ def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_head
         lambda *args: attended(args[0], k, v, args[1], block, kernel, args[2]), q, own, zeros
     )
     d_q, d_own, d_keys = pull_back((jnp.asarray(direction, jnp.float32), zeros))
-    ours = (d_q, *d_keys.arrays(k.shape[1]), *d_own)
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert harness.relative_error(mine, theirs) < TOLERANCE
+    computed = (d_q, *d_keys.arrays(k.shape[1]), *d_own)
+    for one, other in zip(computed, expected, strict=True):
+        assert harness.relative_error(one, other) < TOLERANCE
     _, _, twice = pull_back((jnp.asarray(direction, jnp.float32), d_keys))
     for once, sum_of_two in zip((d_keys.k, d_keys.v), (twice.k, twice.v), strict=True):
         np.testing.assert_allclose(sum_of_two, 2 * once, rtol=1e-5, atol=1e-6)
@@ -169,32 +171,32 @@ def test_target_attention_gradients_equal_dense_ones(name, block, kernel):
             scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
         rows = np.arange(SEGMENTS.shape[1])
         behind = rows[:, None] - rows
-        seen = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (behind >= 0)
+        visible = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (behind >= 0)
         if scoring.window:
-            seen &= behind < scoring.window
+            visible &= behind < scoring.window
         if scoring.chunk:
             chunks = positions // scoring.chunk
-            seen &= chunks[:, :, None] == chunks[:, None]
-        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+            visible &= chunks[:, :, None] == chunks[:, None]
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
         column = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
         if with_sinks:
             scores = jnp.concatenate([scores, column], -1)
         weights = jax.nn.softmax(scores, -1)[..., : len(rows)]
         return (jnp.einsum("bnij,bjnd->bind", weights, v) * direction).sum()
 
-    def ours(q, k, v, sinks):
-        given = {"scoring": scoring, "positions": jnp.asarray(positions), "kernel": kernel}
-        given["sinks"] = sinks if with_sinks else None
-        out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block_for(kernel, block), **given)
+    def total(q, k, v, sinks):
+        options = {"scoring": scoring, "positions": jnp.asarray(positions), "kernel": kernel}
+        options["sinks"] = sinks if with_sinks else None
+        out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), block_for(kernel, block), **options)
         return (out * direction).sum().astype(jnp.float32)
 
     with jax.enable_x64(True):
         expected = jax.value_and_grad(plainly, (0, 1, 2, 3))(*(jnp.asarray(x) for x in arrays))
         expected = jax.tree.map(np.asarray, expected)
-    found = jax.value_and_grad(ours, (0, 1, 2, 3))(*narrow(arrays))
-    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-4)
-    for mine, theirs in list(zip(found[1], expected[1], strict=True))[: 3 + with_sinks]:
-        assert harness.relative_error(mine, theirs) < TOLERANCE
+    computed = jax.value_and_grad(total, (0, 1, 2, 3))(*narrow(arrays))
+    assert float(computed[0]) == pytest.approx(float(expected[0]), rel=1e-4)
+    for one, other in list(zip(computed[1], expected[1], strict=True))[: 3 + with_sinks]:
+        assert harness.relative_error(one, other) < TOLERANCE
 
 
 @pytest.mark.parametrize("block", [1, 4, 7, 32])
@@ -205,15 +207,17 @@ def test_queries_in_any_order_see_their_interval_only(block, kernel):
     R, T, N, M, d = 13, 17, 4, 2, 6
     q, k, v = (rng.normal(size=(1, n, h, d)) for n, h in ((R, N), (T, M), (T, M)))
     first = rng.integers(0, T, (1, R))
-    last = np.minimum(first + rng.integers(-3, 9, (1, R)), T - 1)  # some see nothing
+    last = np.minimum(
+        first + rng.integers(-3, 9, (1, R)), T - 1
+    )  # there are queries that see nothing
     assert (last < first).any()
     keys = Keys.from_arrays(*narrow([k, v]), block_for(kernel, block), kernel=kernel)
     out, logsumexp, _ = interval_attention(*narrow([q]), keys, None, first, last)
     for i, n in np.ndindex(R, N):
-        seen = np.s_[0, first[0, i] : last[0, i] + 1, n // 2]
-        scores = np.exp(k[seen] @ q[0, i, n] / np.sqrt(d))
+        visible = np.s_[0, first[0, i] : last[0, i] + 1, n // 2]
+        scores = np.exp(k[visible] @ q[0, i, n] / np.sqrt(d))
         if len(scores):
-            expected = scores @ v[seen] / scores.sum()
+            expected = scores @ v[visible] / scores.sum()
             np.testing.assert_allclose(out[0, i, n], expected, rtol=1e-5, atol=1e-6)
             assert float(logsumexp[0, i, n]) == pytest.approx(np.log(scores.sum()), abs=1e-5)
         else:
@@ -237,11 +241,11 @@ def test_blocks_of_queries_add_to_gradients_so_far(kernel):
             lambda q, g, keys=keys: interval_attention(q, keys, g, first, last), q, there
         )
         (out, logsumexp, _), pull_back = attend
-        some = (logsumexp > -1e20).astype(jnp.float32)
-        d_q, gradients = pull_back((jnp.cos(out), some * jnp.sin(logsumexp), there))
-        results.append((out, some * logsumexp, d_q, *gradients.arrays(T)))
-    for mine, theirs in zip(*results, strict=True):
-        assert harness.relative_error(mine, theirs) < TOLERANCE
+        sees_a_key = (logsumexp > -1e20).astype(jnp.float32)
+        d_q, gradients = pull_back((jnp.cos(out), sees_a_key * jnp.sin(logsumexp), there))
+        results.append((out, sees_a_key * logsumexp, d_q, *gradients.arrays(T)))
+    for one, other in zip(*results, strict=True):
+        assert harness.relative_error(one, other) < TOLERANCE
 
 
 @interpreted
@@ -292,8 +296,8 @@ def test_the_kernels_lower_for_their_device(kernel, platform, call, dtype, group
 
 def test_large_scores_do_not_overflow_the_softmax():
     q, k, v = make(0)
-    ours = packed_attention(*narrow([100 * q, 100 * k, v]), jnp.asarray(SEGMENTS), 5)
-    assert np.isfinite(ours).all()
+    computed = packed_attention(*narrow([100 * q, 100 * k, v]), jnp.asarray(SEGMENTS), 5)
+    assert np.isfinite(computed).all()
 
 
 def test_scores_of_bfloat16_inputs_are_float32():
@@ -318,8 +322,8 @@ def test_attention_over_a_cache_equals_packed_attention(fed):
     unwritten = jnp.full((1, 7, *k.shape[2:]), 1e4)
     caches = (jnp.concatenate([x, unwritten], 1) for x in (k, v))
     visible = slots_up_to(jnp.arange(18 - fed, 18)[None], 25)
-    ours = cached_attention(q[:, -fed:], *caches, visible)
-    assert harness.relative_error(ours, expected) < TOLERANCE
+    computed = cached_attention(q[:, -fed:], *caches, visible)
+    assert harness.relative_error(computed, expected) < TOLERANCE
 
 
 def test_the_tokens_of_a_block_all_see_each_other():
@@ -337,7 +341,7 @@ def test_the_tokens_of_a_block_all_see_each_other():
 
 @pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=5), Scoring(chunk=4)])
 def test_the_order_of_cache_slots_changes_nothing(scoring):
-    # The tokens lie anywhere in the cache; what is visible and where tokens stand is given.
+    # The tokens lie anywhere in the cache; what is visible and where tokens stand are arguments.
     q, k, v = narrow(x[1:] for x in make(0))
     segments, positions = jnp.asarray(SEGMENTS[1:]), jnp.arange(18)[None]
     expected = packed_attention(q, k, v, segments, 5, scoring=scoring, positions=positions)
@@ -345,7 +349,7 @@ def test_the_order_of_cache_slots_changes_nothing(scoring):
     cache = write_slots((jnp.full((1, 25, *k.shape[2:]), 1e4),) * 2, (k, v), slots)
     every_token = jnp.zeros((1, 18, 25), bool)
     visible = every_token.at[0, :, slots[0]].set(jnp.triu(jnp.ones((18, 18), bool)))
-    ours = cached_attention(
+    computed = cached_attention(
         q,
         *cache,
         visible,
@@ -353,4 +357,4 @@ def test_the_order_of_cache_slots_changes_nothing(scoring):
         positions=positions,
         slot_positions=jnp.zeros((1, 25), jnp.int32).at[0, slots[0]].set(positions[0]),
     )
-    assert harness.relative_error(ours, expected) < TOLERANCE
+    assert harness.relative_error(computed, expected) < TOLERANCE

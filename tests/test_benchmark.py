@@ -80,7 +80,7 @@ def test_what_every_device_repeats_counts_for_each():
 
 
 def counted(*changes, tokens="all"):
-    """What the benchmark says of SMALL with other keys, without running it."""
+    """The benchmark's counts for SMALL with other keys, without running it."""
     keys = {key.split("=")[0]: key for key in [*SMALL[1:], *changes]}
     config = pyconfig.initialize(["benchmark.py", BASE, *keys.values()], reads_files=False)
     _, result = benchmark.compile_and_count(open_synthetic_step("x", config, tokens))

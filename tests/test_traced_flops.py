@@ -115,7 +115,7 @@ def test_recomputation_in_a_gradient_counts():
     def loss(w, policy):
         return jax.checkpoint(lambda w: jnp.sin(jnp.sin(X @ w) @ w.T).sum(), policy=policy)(w)
 
-    kept, anew = (
+    saved, recomputed = (
         on_cpu(jax.grad(functools.partial(loss, policy=policy)), W)
         for policy in (
             jax.checkpoint_policies.everything_saveable,
@@ -123,8 +123,8 @@ def test_recomputation_in_a_gradient_counts():
         )
     )
     # 2 forward, 1 for the inner activations, 2 for w.
-    assert kept == 5 * PRODUCT
-    assert anew > kept
+    assert saved == 5 * PRODUCT
+    assert recomputed > saved
 
 
 @needs_eight
