@@ -16,6 +16,9 @@ from MaxDraft.config_layers import Values, defaults, is_file, is_folder
 from MaxDraft.config_renames import explain_value
 from MaxDraft.config_yaml import shown
 
+# Powers of two that the kernels' tiles divide; 512 is the largest that a TPU's VMEM has room for.
+PALLAS_BLOCK_SIZES = (128, 256, 512)
+
 # The one model that makes its own target and data.
 SELF_CONTAINED_MODEL = "tiny"
 
@@ -126,11 +129,15 @@ def _rollout(values: Values) -> Iterator[str]:
             f"steps fits in a row; it must be above ttt_length + 1"
         )
     layers = values["target_layer_ids"]
-    if layers and not (len(layers) == 3 and 0 <= layers[0] < layers[1] < layers[2]):
+    if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
         yield (
-            f"target_layer_ids must be three different layers, ascending from 0, or empty for "
-            f"the default; not {layers}"
+            f"target_layer_ids must be different layers in ascending order, counted from 0, or "
+            f"empty for the drafter's own choice; not {layers}"
         )
+    block = values["attention_block_size"]
+    if values["attention"] == "pallas" and block not in PALLAS_BLOCK_SIZES:
+        sizes = ", ".join(map(str, PALLAS_BLOCK_SIZES))
+        yield f"attention=pallas needs an attention_block_size of {sizes}; not {block}"
 
 
 def _draft(values: Values) -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from MaxDraft import benchmark, pyconfig
+from MaxDraft import benchmark, config_checks, pyconfig
 from MaxDraft.cost import compiled_flops
 from MaxDraft.cost.topologies import TopologyError
 from MaxDraft.input_pipeline.synthetic import conversations
@@ -97,6 +97,7 @@ def test_eight_devices_do_what_the_method_needs_and_known_extras(
     kernel, products, block, monkeypatch, interpreted_kernels
 ):
     monkeypatch.setattr(run_spec, "attention_kernel", lambda *_: kernel)
+    monkeypatch.setattr(config_checks, "PALLAS_BLOCK_SIZES", (32,))
     result = counted(
         "ici_fsdp_parallelism=2",
         "ici_tensor_parallelism=4",

@@ -248,15 +248,11 @@ def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_pallas_where_no_kernel_is_is_an_error_that_says_what_to_write(platform):
+def test_pallas_without_a_tpu_or_gpu_suggests_blockwise(platform):
     with pytest.raises(pyconfig.ConfigError, match="platform cpu; write attention=blockwise"):
-        programs(config("attention=pallas"))
+        programs(config("attention=pallas", "attention_block_size=128"))
     chip = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([chip]))
-    for size in ("8", "192", "1024"):
-        wrong = config("attention=pallas", f"attention_block_size={size}")
-        with pytest.raises(pyconfig.ConfigError, match=f"128, 256 or 512, and it is {size}"):
-            run_spec.attention_kernel(wrong, mesh)
     right = config("attention=pallas", "attention_block_size=256")
     assert run_spec.attention_kernel(right, mesh) == platform
 
