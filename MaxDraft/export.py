@@ -24,7 +24,7 @@ import jax
 from MaxDraft import distributed, pyconfig
 from MaxDraft.convert.engines.report import engine_report
 from MaxDraft.convert.heads.check import check_export
-from MaxDraft.convert.heads.export import export_head, head_config
+from MaxDraft.convert.heads.export import export_head
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.errors import run_main
 from MaxDraft.layers.params import Tree
@@ -45,29 +45,27 @@ def main(argv: Sequence[str]) -> int:
 
 def export(run: OpenedRun, step: int, params: Tree, vocabulary: DraftVocabulary) -> Path:
     """Writes, checks and describes the export of the head of step `step` -> its folder."""
-    folder, target = run.config.export_directory, run.target
+    folder, target, drafter = run.config.export_directory, run.target, run.drafter
     say(f"\nexporting the head of step {step}")
     params = distributed.gather(params, run.mesh)
-    if jax.process_index() == 0:
-        reports = []
-        export_head(
-            folder,
-            params,
-            run.drafter.dims,
-            vocabulary,
-            target.config,
-            target.captured_layers,
-            run.config.model_name,
-            check=lambda written: reports.append(
-                check_export(written, params, run.drafter.dims, vocabulary, target.captured_layers)
-            ),
-        )
-        say(str(reports[0]))
-        say(f"exported to {folder}\n")
-        config = head_config(
-            run.drafter.dims, target.config, target.captured_layers, run.config.model_name
-        )
-        say(engine_report(target.config, config, str(target.path), str(folder)))
+    if jax.process_index() > 0:
+        return folder
+
+    def check(written: Path) -> None:
+        say(str(check_export(written, params, drafter, vocabulary, target.captured_layers)))
+
+    export_head(
+        folder,
+        params,
+        drafter,
+        vocabulary,
+        target.config,
+        target.captured_layers,
+        run.config.model_name,
+        check,
+    )
+    say(f"exported to {folder}\n")
+    say(engine_report(drafter, target.captured_layers, target.config, target.path, folder))
     return folder
 
 

@@ -63,6 +63,15 @@ def test_every_room_is_listed():
     assert rooms == set(MAY_IMPORT) | WIRING
 
 
+def test_no_drafter_is_named_outside_its_room():
+    kinds = {path.parent.name for path in (PACKAGE / "drafts").glob("*/drafter.py")}
+    assert kinds
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if (PACKAGE / "drafts") not in path.parents:
+            text = path.read_text(encoding="utf-8")
+            assert not [kind for kind in kinds if f"drafts.{kind}" in text], path
+
+
 def test_the_input_pipeline_and_pyconfig_know_no_devices():
     code = (
         "import sys; import MaxDraft.pyconfig; assert 'jax' not in sys.modules, 'pyconfig';"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from MaxDraft.decoding.state import DecodeParams
 from MaxDraft.drafts.eagle3 import decoding as eagle3_decoding
 from MaxDraft.drafts.eagle3.head import head_params
-from MaxDraft.drafts.eagle3.numpy_twin import EngineHead
+from MaxDraft.drafts.eagle3.numpy_twin import NumpyTwin
 from MaxDraft.layers.params import flatten
 from MaxDraft.targets import decoder
 
@@ -47,7 +47,7 @@ def twin(pair, tmp_path_factory):
         "rope_theta": 10000.0,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return EngineHead(folder)
+    return NumpyTwin(folder)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from MaxDraft.drafts.checkpoint_format import CheckpointFormat
 from MaxDraft.errors import UserError
 from MaxDraft.layers.attention import document_starts
 from MaxDraft.layers.attention_keys import Keys
@@ -97,7 +98,8 @@ class Drafter(abc.ABC):
     """
 
     kind: ClassVar[str]
-    dims: Any
+    checkpoint_format: ClassVar[CheckpointFormat]  # how it lies in the folders of serving engines
+    dims: Any  # has hidden_size and target_vocab_size, those of the target it is made for
 
     # ------------------------------------------------------------------- dimensions and identity
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -50,3 +50,11 @@ def upgraded(saved: Mapping[str, Any]) -> dict[str, Any]:
     if "head" not in saved:
         return {"drafter": "eagle3", **saved}
     return {**saved, **identity(from_identity(saved))}
+
+
+def kind_of_folder(config: Mapping[str, Any], tensor_names: Collection[str]) -> str | None:
+    """The kind of drafter in a folder with this config.json and these tensors; None: not known."""
+    for kind, drafter in drafters().items():
+        if drafter.checkpoint_format.recognizes(config, tensor_names):
+            return kind
+    return None

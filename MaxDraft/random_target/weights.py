@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from MaxDraft.convert.tensor_layout import per_expert, stored_shape, tensor_name
-from MaxDraft.drafts.eagle3.dims import default_captured_layers
+from MaxDraft.drafts.registry import drafter_class
 from MaxDraft.layers.params import Param, flatten
 from MaxDraft.random_target.configs import VOCAB_SIZE
 from MaxDraft.targets import registry
@@ -59,7 +59,8 @@ def texts() -> tuple[list[corpus.Record], Any, np.ndarray]:
 def draw_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Names and bfloat16 arrays of the unquantized file."""
     dims = registry.dims_from_config(config)
-    table = decoder_params(dims, default_captured_layers(dims.num_layers), jnp.bfloat16)
+    captured_layers = drafter_class("eagle3").captured_layers((), dims.num_layers)
+    table = decoder_params(dims, captured_layers, jnp.bfloat16)
     drawn = {path: draw(path, param, dims) for path, param in flatten(table)}
     counts = texts()[2].sum(0)[:, None]
     common = (counts / counts.max()) ** 0.05  # [V, 1]: rare tokens are rarely chosen

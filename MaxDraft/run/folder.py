@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from MaxDraft import pyconfig, storage
-from MaxDraft.convert.heads.export import may_be_replaced
+from MaxDraft.convert.heads.export import check_replaceable
 from MaxDraft.pyconfig import Config
 from MaxDraft.resume import ResumeError, check_same_config
 
@@ -35,7 +35,7 @@ def check_export_directory(config: Config) -> None:
     export wrote. What exports left there whose process was killed is removed.
     """
     folder = config.export_directory
-    may_be_replaced(folder)
+    check_replaceable(folder)
     try:
         _try_to_write(folder.parent)
     except OSError as error:

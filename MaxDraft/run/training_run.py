@@ -176,7 +176,9 @@ def _opened(config: Config, checkpoints: Checkpoints, saved: dict[str, Any] | No
     else:
         drafter = kind.from_options(drafter_options(config), target.dims)
         if config.load_parameters_path:
-            drafter = head_import.warm_drafter(Path(config.load_parameters_path), drafter)
+            drafter = head_import.warm_drafter(
+                Path(config.load_parameters_path).expanduser(), drafter
+            )
     spec = step_spec(config, target.dims, target.captured_layers, drafter, make_mesh(config))
     return OpenedRun(config, target, drafter, spec, checkpoints)
 
@@ -234,9 +236,10 @@ def initial_head(run: TrainingRun) -> tuple[DraftVocabulary, Tree | None]:
         return run.data.select_vocabulary(size), None
     warm = head_import.load_head(
         Path(path).expanduser(),
-        run.drafter.dims,
+        run.drafter,
         run.target.captured_layers,
         train_step.param_shardings(run.spec),
+        head_import.TargetFolder(run.target.path, run.target.dims),
     )
     say(f"warm start from {path}")
     return warm.vocabulary, warm.params

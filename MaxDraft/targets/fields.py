@@ -143,6 +143,11 @@ FIELDS: dict[str, Whole | Number | Flag] = {
     "attention_factor": Number(),  # absent: by the formula of the scaling
     "mscale": Number(0.0, zero=True),
     "mscale_all_dim": Number(0.0, zero=True),
+    # EAGLE-3 heads
+    "draft_vocab_size": Whole(),  # absent: vocab_size
+    "target_hidden_size": Whole(),  # absent: hidden_size
+    "fc_norm": Flag(False),
+    "norm_output": Flag(False),
 }
 # The same of fields that hold text or a list; readers of their own know which values there are.
 _OTHER_DEFAULTS = {

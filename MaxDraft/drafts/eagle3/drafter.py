@@ -15,6 +15,7 @@ from MaxDraft.drafts import alignment
 from MaxDraft.drafts.drafter import Drafter, DrafterOptions, DraftInputs, LossConfig
 from MaxDraft.drafts.eagle3 import decoding, flops, head, rollout
 from MaxDraft.drafts.eagle3 import dims as dimensions
+from MaxDraft.drafts.eagle3.checkpoint_format import Eagle3Format
 from MaxDraft.drafts.eagle3.dims import HeadDims
 from MaxDraft.layers.attention_keys import Keys
 from MaxDraft.layers.params import Tree
@@ -27,6 +28,7 @@ class Eagle3(Drafter):
 
     dims: HeadDims
     kind: ClassVar[str] = "eagle3"
+    checkpoint_format: ClassVar[Eagle3Format] = Eagle3Format()
 
     @classmethod
     def from_options(cls, options: DrafterOptions, target: DecoderDims) -> Eagle3:

@@ -1,0 +1,68 @@
+"""The trained head beside its NumPy twin: chains of drafts over random embeddings and features.
+
+Loading an export proves nothing: a dropped rope field, absolute ids in d2t, a swapped concatenation
+all load. So the logits of chains are compared, at positions far apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from MaxDraft.drafts.drafter import DraftInputs
+from MaxDraft.drafts.eagle3 import head
+from MaxDraft.drafts.eagle3.dims import NUM_CAPTURED, HeadDims
+from MaxDraft.drafts.eagle3.numpy_twin import NumpyTwin
+from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
+from MaxDraft.layers.params import Tree
+
+CHAIN_ROWS = (1, 4, 9, 16)  # rows before each chain
+POSITIONS = 512  # the rows lie this far apart at most: far enough to see a lost rope scaling
+
+
+def differences(
+    folder: Path, params: Tree, dims: HeadDims, steps: int, seed: int = 0
+) -> dict[str, float]:
+    """-> chain and step: max |twin - trained| / rms(trained) of its logits [D]."""
+    twin = NumpyTwin(folder)
+    rng = np.random.default_rng(seed)
+    rows, H = max(CHAIN_ROWS), dims.hidden_size
+    embeddings = rng.standard_normal((rows + steps, H), np.float32)
+    features = rng.standard_normal((rows + steps, NUM_CAPTURED * H), np.float32)
+    positions = np.sort(rng.choice(POSITIONS, rows + steps, replace=False)).astype(np.int32)
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32), params
+    )
+    with jax.default_matmul_precision("highest"):
+        trained = _chain_logits(rounded, embeddings, features, positions, dims, steps)
+    result = {}
+    for R, ours in zip(CHAIN_ROWS, np.asarray(trained), strict=True):
+        theirs = twin.logits(embeddings[: R + steps], features[:R], positions[:R], steps)
+        for k in range(steps):
+            scale = max(float(np.sqrt(np.mean(ours[k] ** 2))), np.finfo(np.float32).tiny)
+            difference = float(np.abs(theirs[k] - ours[k]).max()) / scale
+            result[f"a chain after {R} rows, step {k}"] = difference
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "steps"))
+def _chain_logits(
+    params: Tree,
+    embeddings: jax.Array,  # [T, H]
+    features: jax.Array,  # [T, 3H]
+    positions: jax.Array,  # int [T]
+    dims: HeadDims,
+    steps: int,
+) -> jax.Array:  # [chains, K, D]
+    """Logits of the training rollout at the last row before each chain, in float32."""
+    T = len(embeddings)
+    one_document = jnp.ones((1, T), jnp.int32)
+    inputs = DraftInputs.from_rows(embeddings[None], features[None], positions[None], one_document)
+    states = rollout_everywhere(params, dims, inputs, steps, T)
+    last = jnp.asarray(CHAIN_ROWS) - 1
+    return jnp.stack([head.logits(params, dims, state[last]) for state in states], axis=1)
