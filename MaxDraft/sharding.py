@@ -107,7 +107,7 @@ def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else (part or ())
 
 
-def ways(axis: str) -> int:
+def num_shards(axis: str) -> int:
     """How many devices share a logical axis under the active rules; 1 outside."""
     if _active.get() is None:
         return 1

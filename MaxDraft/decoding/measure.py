@@ -23,7 +23,7 @@ from MaxDraft.decoding.prompts import DecodedPrompts, compile_decode, decode_pro
 from MaxDraft.decoding.state import DecodeParams, DecodeSpec
 from MaxDraft.decoding.target_model import CachedContext, TargetModel
 from MaxDraft.layers.params import Tree
-from MaxDraft.sharding import constrain, ways
+from MaxDraft.sharding import constrain, num_shards
 from MaxDraft.targets import decoder
 
 
@@ -136,7 +136,7 @@ def _logit_gap(
     target: TargetModel, params: Tree, text: jax.Array, a: jax.Array, b: jax.Array
 ) -> jax.Array:
     """The logit of token a less that of token b after text int32 [S]."""
-    tokens = jnp.tile(text, (ways("draft_batch"), 1))  # a batch that divides over the devices
+    tokens = jnp.tile(text, (num_shards("draft_batch"), 1))  # a batch that divides over the devices
     positions = jnp.broadcast_to(jnp.arange(len(text)), tokens.shape)
     context = CachedContext.from_chain(positions, len(text))
     cache = target.empty_cache(*tokens.shape)

@@ -28,7 +28,7 @@ from MaxDraft.layers import attention_xla
 from MaxDraft.layers.attention_keys import MASKED, PLAIN, Keys, Scoring
 from MaxDraft.layers.experimental import attention_gpu, attention_tpu
 from MaxDraft.layers.norms import soft_cap
-from MaxDraft.sharding import active_rules, partition_spec, ways
+from MaxDraft.sharding import active_rules, num_shards, partition_spec
 
 # Modules with a `forward` and a `backward`, by the name that a configuration resolves to.
 IMPLEMENTATIONS = {"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}
@@ -61,7 +61,7 @@ def packed_attention(
     blocks of keys it goes over is then its own affair, and no device waits for another inside the
     loop.
     """
-    active, head_shards, kv_heads = active_rules(), ways("target_heads"), k.shape[2]
+    active, head_shards, kv_heads = active_rules(), num_shards("target_heads"), k.shape[2]
     attend = functools.partial(_packed_attention, block=block, scoring=scoring)
     if active is None:
         return attend(q, k, v, segment_ids, positions, sinks, kernel=kernel)

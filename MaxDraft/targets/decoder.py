@@ -25,7 +25,7 @@ from MaxDraft.layers.mlp import gated_mlp
 from MaxDraft.layers.norms import rms_norm, soft_cap
 from MaxDraft.layers.params import Tree
 from MaxDraft.layers.rope import cos_sin
-from MaxDraft.sharding import constrain, ways
+from MaxDraft.sharding import constrain, num_shards
 from MaxDraft.targets.dims import MLA, Attention, DecoderDims, DeltaNet, Layer
 from MaxDraft.targets.mixers import (
     Context,
@@ -171,7 +171,7 @@ def teacher_argmax_and_logsumexp(
     at a time, shared out among its rows, and stops where no row has masked positions left.
     """
     length = last_hidden_state.shape[1]
-    block = min(max(block * ways("target_batch") // len(last_hidden_state), 1), length)
+    block = min(max(block * num_shards("target_batch") // len(last_hidden_state), 1), length)
     order = jnp.argsort(~mask, axis=1, stable=True)
     places = jnp.pad(order, ((0, 0), (0, -length % block)))
     blocks = places.shape[1] // block
