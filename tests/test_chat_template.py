@@ -291,6 +291,20 @@ def test_a_template_that_cannot_serve_is_an_error(template, message):
         ChatEncoder(make_tokenizer(template))
 
 
+@pytest.mark.parametrize(
+    ("template", "which"), [(CHATML, "all"), (MARKED, "all"), (INSTRUCT, "last")]
+)
+def test_rendering_grows_in_proportion_to_the_conversation(template, which):
+    encoder = make_encoder(template, which)
+    budget = encoder._renderer._environment.budget
+    steps, characters = [], []
+    for turns in (500, 1000):
+        encoder.encode(dialogue(*["word " * 10] * turns))
+        steps.append(budget.steps)
+        characters.append(budget.characters)
+    assert steps[1] < 2.2 * steps[0] and characters[1] < 2.2 * characters[0]
+
+
 def test_an_unknown_choice_of_turns_is_an_error():
     with pytest.raises(DataError, match="loss_turns is 'first'; choose one of all, last"):
         ChatEncoder(make_tokenizer(CHATML), "first")

@@ -70,17 +70,17 @@ class TurnLocator:
         text, blocks = self._renderer.render(messages)
         replies = [message for message in messages if message.role == "assistant"]
         if self._renderer.has_generation_blocks:
-            spans = _whole_blocks(text, blocks, replies)
+            spans = _whole_blocks(text, blocks, replies)[-1 if last_only else 0 :]
         else:
-            spans = self._measure(messages, text)
-        if last_only:
-            spans = spans[-1:]
+            spans = self._measure(messages, text, last_only)
         whole = tuple(span for span in spans if span is not None)
         if not whole:
             raise TemplateError("the chat template deletes a part of every reply")
         return LocatedTurns(text, whole, len(spans), len(spans) - len(whole))
 
-    def _measure(self, messages: Sequence[Message], text: str) -> list[Span | None]:
+    def _measure(
+        self, messages: Sequence[Message], text: str, last_only: bool = False
+    ) -> list[Span | None]:
         """The turns of a template without generation blocks; None: a part of it is deleted."""
         replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
         pieces = self._surroundings(messages)
@@ -95,10 +95,11 @@ class TurnLocator:
                     break
             else:
                 raise TemplateError("the chat template changes the words of a reply")
-            start = self._turn_start(messages[:index], text, before, at)
-            shown = text[start:at]
-            whole = all(thoughts in shown for thoughts in _thoughts(messages[index]))
-            spans.append((start, at + len(form)) if whole else None)
+            if not last_only or index == replies[-1]:
+                start = self._turn_start(messages[:index], text, before, at)
+                shown = text[start:at]
+                whole = all(thoughts in shown for thoughts in _thoughts(messages[index]))
+                spans.append((start, at + len(form)) if whole else None)
             at += len(form)
         if text[at:] != pieces[-1]:
             raise TemplateError("the chat template writes differently around other replies")

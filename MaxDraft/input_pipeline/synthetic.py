@@ -37,13 +37,14 @@ def conversations(A: int, B: int, T: int, vocab_size: int) -> dict[str, np.ndarr
         name: np.zeros((A * B, T), np.int32) for name in ("segment_ids", "positions", "turn_ids")
     }
     for row in range(A * B):
-        at = 0
+        start = 0
         for number, document in enumerate(rows[row], 1):
             turn = turns[document]
-            here = np.s_[row, at : at + len(turn)]
-            batch["segment_ids"][here], batch["turn_ids"][here] = number, turn
-            batch["positions"][here] = np.arange(len(turn))
-            at += len(turn)
+            end = start + len(turn)
+            batch["segment_ids"][row, start:end] = number
+            batch["turn_ids"][row, start:end] = turn
+            batch["positions"][row, start:end] = np.arange(len(turn))
+            start = end
     batch["tokens"] = rng.integers(0, vocab_size, (A * B, T)).astype(np.int32)
     return {name: x.reshape(A, B, T) for name, x in batch.items()}
 
