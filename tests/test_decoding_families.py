@@ -44,12 +44,12 @@ def target(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_fed_piece_by_piece_gives_the_features_of_the_whole(family):
+def test_a_text_read_in_pieces_gives_the_same_hidden_states(family):
     model, params = target(family)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, LENGTH)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
-    _, features, last = jax.jit(
+    _, aux_hidden_states, last = jax.jit(
         lambda p: decoder.forward(
             p, tokens, positions, positions * 0, model.dims, model.target_layer_ids, jnp.float32, 64
         )
@@ -67,7 +67,7 @@ def test_a_text_fed_piece_by_piece_gives_the_features_of_the_whole(family):
     for at in range(120, LENGTH, 5):
         piece = slice(at, at + 5)
         found.append(extend(params, found[-1][2], tokens[:, piece], positions[:, piece]))
-    for whole, number in ((features, 0), (last, 1)):
+    for whole, number in ((aux_hidden_states, 0), (last, 1)):
         pieces = [found[0][number][:, :120], *(part[number] for part in found[1:])]
         assert relative_error(jnp.concatenate(pieces, 1), whole) < 1e-4
 
@@ -104,11 +104,11 @@ def test_branches_of_a_tree_are_read_as_if_alone(family):
 
     _, _, cache = chain(model.empty_cache(1, slots), list(range(120)))
     context = CachedContext(np.array([[r, b, a, c]]), positions, visible, slot_positions)
-    features, last, _ = read(cache, tokens[None, 120:], context)
+    aux_hidden_states, last, _ = read(cache, tokens[None, 120:], context)
     for branch in ([r, b], [r, a, c]):
-        expected_features, expected_last, _ = chain(cache, branch)
+        expected_aux, expected_last, _ = chain(cache, branch)
         rows = np.array(branch) - 120
-        assert relative_error(features[:, rows], expected_features) < 1e-4
+        assert relative_error(aux_hidden_states[:, rows], expected_aux) < 1e-4
         assert relative_error(last[:, rows], expected_last) < 1e-4
 
 

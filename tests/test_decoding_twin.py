@@ -56,7 +56,7 @@ def test_a_chain_has_the_logits_of_the_numpy_twin(pair, twin, slots, offset):
     rng = np.random.default_rng(0)
     rows, steps, num_slots = 9, 4, 20
     embeddings = rng.normal(size=(rows + steps, HEAD.hidden_size)).astype(np.float32)
-    features = rng.normal(size=(rows, 3 * HEAD.hidden_size)).astype(np.float32)
+    aux_hidden_states = rng.normal(size=(rows, 3 * HEAD.hidden_size)).astype(np.float32)
     places = np.arange(rows) if slots == "in order" else rng.permutation(rows)
     visible = np.zeros((rows, num_slots), bool)
     for row in range(rows):
@@ -76,7 +76,7 @@ def test_a_chain_has_the_logits_of_the_numpy_twin(pair, twin, slots, offset):
             HEAD,
             cache,
             jnp.asarray(embeddings[None, 1 : rows + 1]),
-            jnp.asarray(features[None]),
+            jnp.asarray(aux_hidden_states[None]),
             jnp.asarray(places[None]),
             jnp.asarray(positions[None]),
             jnp.asarray(visible[None]),
@@ -98,9 +98,9 @@ def test_a_chain_has_the_logits_of_the_numpy_twin(pair, twin, slots, offset):
         return jnp.stack(logits)
 
     ours = np.asarray(chain(pair[1]))
-    expected = twin.logits(embeddings, features, positions, steps, offset)
+    expected = twin.logits(embeddings, aux_hidden_states, positions, steps, offset)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-    other = twin.logits(embeddings, features, positions, steps, 1 - offset)
+    other = twin.logits(embeddings, aux_hidden_states, positions, steps, 1 - offset)
     np.testing.assert_array_equal(other[0], expected[0])  # the first draft reads no draft
     assert (abs(other[1:] - expected[1:]).max(-1) > 1e-2).all()
 
@@ -109,14 +109,18 @@ def test_a_chain_has_the_logits_of_the_numpy_twin(pair, twin, slots, offset):
 def target_pass(params, tokens):
     """int [1, T] -> embeddings [T, H], aux hidden states [T, 3H], argmax [T] of the target."""
     positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
-    embeddings, features, last = decoder.forward(
+    embeddings, aux_hidden_states, last = decoder.forward(
         params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, LENGTH
     )
-    return embeddings[0], features[0], jnp.argmax(decoder.logits(params, TARGET, last)[0], -1)
+    return (
+        embeddings[0],
+        aux_hidden_states[0],
+        jnp.argmax(decoder.logits(params, TARGET, last)[0], -1),
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_acceptance_is_that_of_an_engine_with_the_same_positions(pair, twin, offset):
+def test_acceptance_is_that_of_either_kind_of_engine(pair, twin, offset):
     # The whole decoding again, in whole-sequence passes, with chains drafted by the twin. These
     # prompts are ones for which the two offsets accept different drafts.
     steps, new_tokens = 4, 24
@@ -144,11 +148,11 @@ def test_acceptance_is_that_of_an_engine_with_the_same_positions(pair, twin, off
         while len(text) < 11 + new_tokens:
             chain = []
             for step in range(steps):
-                embeddings, features, _ = read(text + chain)
+                embeddings, aux_hidden_states, _ = read(text + chain)
                 rows = len(text) - 1
                 logits = twin.logits(
                     embeddings[: rows + step + 1],
-                    features[:rows],
+                    aux_hidden_states[:rows],
                     np.arange(rows),
                     step + 1,
                     offset,

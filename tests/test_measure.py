@@ -125,7 +125,7 @@ def test_the_batch_size_changes_no_number(one_at_a_time, batch_size):
     assert measured(batch_size) == one_at_a_time  # the sampled replies included
 
 
-def test_where_replies_part_is_reported_with_the_targets_preference():
+def test_where_replies_part_is_reported_with_the_logit_gap():
     spec = decode_spec(TARGET, CAPTURE, HEAD)
     params = DecodeParams(random_target(TARGET))
     found = measure.first_difference(spec, params, 3, [1, 2, 3], [4, 5, 6], [4, 5, 7])

@@ -1,8 +1,8 @@
 """The rollout trains exactly what serving does.
 
-Serving is played here with KV caches: prefill, draft k tokens, verify, accept some, go on. Every
-head evaluation of it has a row i and a step k; its logits must be those of the rollout at (i, k),
-which they are only if feature, token, rotary position and visible keys are all the same.
+Serving is replayed with KV caches: prefill, draft k tokens, verify, accept some, go on. Every
+evaluation of the head in it has a position i and a step k. Its logits must be those of the rollout
+at (i, k), which they are only if aux hidden state, token, rotary position and visible keys agree.
 """
 
 import functools
@@ -36,7 +36,7 @@ def pair():
 
 
 def rollout_logits(target_params, head_params, tokens, steps):
-    """float32 [K, T, D]: the head's logits at every row and step of one document."""
+    """float32 [K, T, D]: the head's logits at every position and step of one document."""
     tokens = jnp.asarray(tokens, jnp.int32)[None]
     return np.asarray(_rollout_logits(target_params, head_params, tokens, steps))
 
@@ -45,16 +45,16 @@ def rollout_logits(target_params, head_params, tokens, steps):
 def _rollout_logits(target_params, head_params, tokens, steps):
     positions = jnp.arange(tokens.shape[1])[None]
     segments = jnp.ones_like(tokens)
-    embeddings, features, _ = decoder.forward(
+    embeddings, aux_hidden_states, _ = decoder.forward(
         target_params, tokens, positions, segments, TARGET, CAPTURE, jnp.float32, block=8
     )
-    inputs = DraftInputs.from_rows(embeddings, features, positions, segments)
+    inputs = DraftInputs.from_rows(embeddings, aux_hidden_states, positions, segments)
     states = rollout_everywhere(head_params, HEAD, inputs, steps, block=8)
     return jnp.stack([eagle3.logits(head_params, HEAD, state) for state in states])
 
 
 @pytest.mark.parametrize("acceptance", ["none", "some", "all"])
-def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, acceptance):
+def test_serving_evaluates_trained_positions_and_steps_only(pair, acceptance):
     target_params, head_params = pair
     rng = np.random.default_rng(0)
     steps, start, end, length = 4, 9, 33, 40  # the reply is x[9..32]
@@ -62,7 +62,7 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
     trained = rollout_logits(target_params, head_params, tokens, steps)
     turn_ids = np.zeros((1, length), np.int32)
     turn_ids[0, start:end] = 1
-    aligned = np.asarray(
+    supervised = np.asarray(
         loss_mask(jnp.asarray(turn_ids), jnp.ones((1, length), jnp.int32), steps, "serving")
     )[:, 0]
 
@@ -76,11 +76,18 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
 
     @jax.jit
     def read(read_tokens, next_tokens, rows, cache, head_cache):
-        """The target reads tokens, the head reads the same rows with the target's features."""
+        """The target reads tokens, the head reads the same positions."""
         context = CachedContext.from_chain(rows, num_slots)
-        features, _, cache = target.extend(target_params, cache, read_tokens, context)
+        aux_hidden_states, _, cache = target.extend(target_params, cache, read_tokens, context)
         states, head_cache = eagle3_decoding.absorb(
-            head_params, HEAD, head_cache, embed(next_tokens), features, rows, rows, context.visible
+            head_params,
+            HEAD,
+            head_cache,
+            embed(next_tokens),
+            aux_hidden_states,
+            rows,
+            rows,
+            context.visible,
         )
         return states[:, -1], cache, head_cache
 
@@ -113,7 +120,7 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
         rows = np.arange(first, last + 1)[None]
         return jnp.asarray(tokens[rows], jnp.int32), jnp.asarray(tokens[rows + 1], jnp.int32), rows
 
-    visited = np.zeros_like(aligned)
+    visited = np.zeros_like(supervised)
     state, cache, head_cache = read(*rows_read(0, start - 1), cache, head_cache)
     row = start - 1
     while row + 2 < end:  # there is still a token to draft
@@ -128,9 +135,9 @@ def test_every_head_evaluation_of_serving_is_a_trained_row_and_step(pair, accept
         state, cache, head_cache = read(*rows_read(row + 1, row + 1 + accepted), cache, chain_cache)
         row += 1 + accepted
 
-    assert not (visited & ~aligned).any()
-    if acceptance == "none":  # then serving stands at every row once
-        assert (visited == aligned).all()
+    assert not (visited & ~supervised).any()
+    if acceptance == "none":  # then serving stands at every position once
+        assert (visited == supervised).all()
 
 
 def greedy_chain(target_params, head_params, committed, steps):
@@ -145,7 +152,7 @@ def greedy_chain(target_params, head_params, committed, steps):
     return tokens[len(committed) :]
 
 
-def test_speculative_decoding_drafts_and_accepts_what_whole_sequence_passes_do(pair):
+def test_rounds_are_those_of_whole_sequence_passes(pair):
     target_params, head_params = pair
     steps, new_tokens, stop = 3, 24, (5,)
     prompts = np.random.default_rng(1).integers(0, TARGET.vocab_size, (2, 11)).astype(np.int32)
@@ -216,7 +223,7 @@ def test_greedy_speculative_output_equals_plain_output(pair, num_draft_tokens):
     assert len(set(plain.length.tolist())) > 1  # some stopped early, some ran on
 
 
-def test_rejection_sampling_leaves_the_targets_distribution_unchanged():
+def test_rejection_sampling_keeps_the_targets_distribution():
     # One draft from a q unlike p, twice as many tokens as q has: over many draws the first
     # committed token must follow p, and the second, after an acceptance, p of its own position.
     rng = np.random.default_rng(3)

@@ -32,7 +32,7 @@ def accept_greedy(
 ) -> tuple[jax.Array, jax.Array]:
     """-> accepted drafts int32 [B], committed tokens int32 [B, N+1].
 
-    Of a row's tokens the first accepted + 1 count: the accepted drafts and the target's own token.
+    The first accepted + 1 tokens of a prompt count: the accepted drafts and the target's own token.
     """
     best = jnp.argmax(target_logits, -1).astype(jnp.int32)
     agreed = jnp.cumprod(drafts == best[:, :-1], axis=1)

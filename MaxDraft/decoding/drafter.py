@@ -4,12 +4,13 @@
     absorb        reads tokens that the target has verified, with the target's aux hidden states
     draft         proposes tokens that may follow the committed ones
 
-With x[0..n-1] committed, the target and the drafter have read all but x[n-1]: the drafter's row i
-belongs to x[i] and may read the embedding of x[i+1]. Row i lies in slot i. A drafter writes what it
-needs for drafting into the free slots from n-1 on; absorb writes over them. A drafter that needs
+With x[0..n-1] committed, the target and the drafter have read all but x[n-1]: at position i the
+drafter reads the target's aux hidden states of x[i], and may read the embedding of x[i+1]. Position
+i lies in slot i. A drafter writes what it needs for drafting into the free slots from n-1 on;
+absorb writes over them. A drafter that needs
 more than N + 1 of them at the end of a text makes its cache longer than it is asked to.
 
-B batch, S rows, C cache slots, H hidden size, V vocabulary, N drafts.
+B batch, S positions read at once, C cache slots, H hidden size, V vocabulary, N drafts.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class DecodeDrafter(Protocol):
         self,
         params: Tree,
         cache: Any,
-        next_embeddings: jax.Array,  # [B, S, H] of x[i+1] for row i
+        next_embeddings: jax.Array,  # [B, S, H] of x[i+1] at position i
         aux_hidden_states: jax.Array,  # [B, S, captured layers * H] at x[i]
-        slots: jax.Array,  # int [B, S] where the rows are written
+        slots: jax.Array,  # int [B, S] where the positions are written
         positions: jax.Array,  # int [B, S] of the rotary embedding
-        visible: jax.Array,  # bool [B, S, C] the slots that each row sees
+        visible: jax.Array,  # bool [B, S, C] the slots that each position sees
     ) -> tuple[Any, Any]:
-        """-> what drafting may start from after each row, arrays [B, S, ...]; cache."""
+        """-> what drafting may start from after each position, arrays [B, S, ...]; cache."""
 
     def draft(
         self,
@@ -51,14 +52,14 @@ class DecodeDrafter(Protocol):
         cache: Any,
         *,
         embed: Callable[[jax.Array], jax.Array],  # token ids int [B, S] -> [B, S, H]
-        state: Any,  # arrays [B, ...]: of what absorb returned, the last committed row
+        state: Any,  # arrays [B, ...]: what absorb returned at position n-2
         token: jax.Array,  # int [B]: x[n-1]
         slots: jax.Array,  # int [B]: n-1, the first free slot
         positions: jax.Array,  # int [B]: n-1, the position of x[n-1]
         visible: jax.Array,  # bool [B, C]: slots 0..n-2
         choose: Choose,
         num_draft_tokens: int,  # N
-        recurrent_position_offset: int,  # for rows that read the head's own output
+        recurrent_position_offset: int,  # added where the drafter reads its own output
     ) -> tuple[jax.Array, jax.Array | None, Any]:
         """-> drafts int32 [B, N], their distributions float32 [B, N, V] or None, cache.
 
@@ -77,8 +78,8 @@ class BoundDrafter:
     def empty_cache(self, batch, slots, dtype):
         return self.functions.empty_cache(self.dims, batch, slots, dtype)
 
-    def absorb(self, params, cache, *rows):
-        return self.functions.absorb(params, self.dims, cache, *rows)
+    def absorb(self, params, cache, *inputs):
+        return self.functions.absorb(params, self.dims, cache, *inputs)
 
     def draft(self, params, cache, **request):
         return self.functions.draft(params, self.dims, cache, **request)
@@ -91,7 +92,7 @@ class NoDrafter:
     def empty_cache(self, batch, slots, dtype):
         return ()
 
-    def absorb(self, params, cache, *rows):
+    def absorb(self, params, cache, *inputs):
         return (), cache
 
     def draft(self, params, cache, *, token, **request):

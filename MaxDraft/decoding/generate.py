@@ -5,8 +5,8 @@ With x[0..n-1] committed, the target and the drafter have read all but x[n-1]. O
     propose   the drafter proposes d_1..d_N to follow x[n-1]
     verify    the target reads x[n-1], d_1..d_N in one pass: N + 1 distributions
     accept    the first a drafts stay, and the target adds one token of its own
-    commit    the reply grows by these a + 1 tokens, and the drafter reads the rows n-1..n+a-1 with
-              the target's aux hidden states
+    commit    the reply grows by these a + 1 tokens, and the drafter reads positions n-1..n+a-1
+              with the target's aux hidden states
 
 Decoding without drafts is the case N = 0. Slots hold the text in order: x[i] lies in slot i, drafts
 in the slots from n on, where the next round writes over those that were refused.
@@ -78,8 +78,7 @@ def prefill(
     prompt_length: jax.Array,  # int32 [B]
     keys: jax.Array,  # [B]
 ) -> DecodeState:
-    """The target reads the prompt and gives the first token of the reply; the drafter reads the
-    prompt's rows.
+    """The target reads the prompt and gives the reply's first token; the drafter reads the prompt.
 
     A slot past the prompt's end is written before any token sees it, so the padding is never seen.
     """
@@ -120,7 +119,7 @@ def prefill(
         active=~_is_stop(spec, first) & (length < spec.max_new_tokens),
         target_cache=target_cache,
         drafter_cache=drafter_cache,
-        drafter_state=_of_row(drafter_states, prompt_length - 1),
+        drafter_state=_at(drafter_states, prompt_length - 1),
         num_slots=num_slots,
     )
 
@@ -191,7 +190,7 @@ def commit(
     verification: Verification,
     acceptance: Acceptance,
 ) -> DecodeState:
-    """The accepted tokens join the reply; the drafter reads the rows that they complete."""
+    """The accepted tokens join the reply; the drafter reads their positions."""
     context = verification.context
     drafter_states, drafter_cache = spec.drafter.absorb(
         params.drafter,
@@ -209,7 +208,7 @@ def commit(
         active=active,
         target_cache=verification.target_cache,
         drafter_cache=drafter_cache,
-        drafter_state=_of_row(drafter_states, acceptance.num_accepted),
+        drafter_state=_at(drafter_states, acceptance.num_accepted),
     )
 
 
@@ -228,7 +227,7 @@ def grow(spec: DecodeSpec, state: DecodeState, acceptance: Acceptance) -> tuple[
     emitted = state.active[:, None] & committed & before_stop & fits
     # Tokens that are not emitted get a place outside the array, where a write is dropped.
     places = jnp.where(emitted, reply.length[:, None] + place, spec.max_new_tokens)
-    write = jax.vmap(lambda row, index, new: row.at[index].set(new, mode="drop"))
+    write = jax.vmap(lambda old, index, new: old.at[index].set(new, mode="drop"))
     accepted = state.active[:, None] & (place[:-1] < acceptance.num_accepted[:, None])
     length = reply.length + emitted.sum(1)
     grown = Reply(
@@ -252,6 +251,6 @@ def _is_stop(spec: DecodeSpec, tokens: jax.Array) -> jax.Array:
     return jnp.isin(tokens, jnp.asarray(spec.stop_ids, jnp.int32))
 
 
-def _of_row(states: Any, row: jax.Array) -> Any:
-    """Arrays [B, S, ...], row int [B] -> [B, ...]."""
-    return jax.tree.map(lambda x: read_slots(x, row), states)
+def _at(states: Any, index: jax.Array) -> Any:
+    """Arrays [B, S, ...], index int [B] -> [B, ...]."""
+    return jax.tree.map(lambda x: read_slots(x, index), states)

@@ -27,7 +27,7 @@ class DecodeSpec:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float  # 0: greedy
-    # Added to the rotary position of the rows in which the drafter reads its own output.
+    # Added to the rotary position where the drafter reads its own output.
     recurrent_position_offset: int = 0
 
     def without_drafts(self) -> DecodeSpec:

@@ -1,11 +1,12 @@
-"""How serving runs the EAGLE-3 head: with a KV cache, a few rows at a time.
+"""How serving runs the EAGLE-3 head: with a KV cache, a few positions at a time.
 
-Row i reads the target's aux hidden states at x[i] and the embedding of x[i+1], and drafts x[i+2].
-While a chain is drafted there are no aux hidden states yet: a row then reads the head's own output
-of the row before it. These are the functions behind decoding/drafter.py's DecodeDrafter.
+At position i the head reads the target's aux hidden states of x[i] and the embedding of x[i+1], and
+drafts x[i+2]. While a chain is drafted there are no aux hidden states yet: the head then reads its
+own output at the position before. Decoding calls these functions through the DecodeDrafter of
+decoding/drafter.py.
 
-B batch, S rows, C cache slots, K captured layers, H hidden size, D draft vocabulary, V vocabulary,
-N drafts of a chain.
+B batch, S positions, C cache slots, K captured layers, H hidden size, D draft vocabulary,
+V vocabulary, N drafts of a chain.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ def absorb(
     params: Tree,
     dims: HeadDims,
     cache: Cache,
-    next_embeddings: jax.Array,  # [B, S, H] of the token after each row's own
-    aux_hidden_states: jax.Array,  # [B, S, K * H] of the target, at each row's own token
-    slots: jax.Array,  # int [B, S] where the rows' keys and values are written
+    next_embeddings: jax.Array,  # [B, S, H] of x[i+1] at position i
+    aux_hidden_states: jax.Array,  # [B, S, K * H] of the target at x[i]
+    slots: jax.Array,  # int [B, S] where the keys and values are written
     positions: jax.Array,  # int [B, S] of the rotary embedding
-    visible: jax.Array,  # bool [B, S, C] the slots that each row sees, its own included
+    visible: jax.Array,  # bool [B, S, C] the slots that each position sees, its own included
 ) -> tuple[jax.Array, Cache]:
-    """Reads rows whose tokens the target has verified -> outputs [B, S, H], cache.
+    """Reads tokens that the target has verified -> outputs [B, S, H], cache.
 
-    The output of the last committed row is what drafting starts from.
+    The output at the last of the committed positions is what drafting starts from.
     """
     state = eagle3.fuse_aux_hidden_states(params, dims, aux_hidden_states)
     return _decoder_layer(params, dims, cache, next_embeddings, state, slots, positions, visible)
@@ -56,11 +57,11 @@ def draft(
     cache: Cache,
     *,
     embed: Callable[[jax.Array], jax.Array],  # token ids int [B, S] -> [B, S, H]
-    state: jax.Array,  # [B, H], absorb's output of the last committed row
-    token: jax.Array,  # int [B] the last committed token; that row has read it already
+    state: jax.Array,  # [B, H], absorb's output at the last committed position
+    token: jax.Array,  # int [B] the last committed token, whose embedding `state` has read
     slots: jax.Array,  # int [B] the first free slot; the N - 1 slots from there on are written
     positions: jax.Array,  # int [B] the position of `token`
-    visible: jax.Array,  # bool [B, C] the slots of the committed rows
+    visible: jax.Array,  # bool [B, C] the slots of the committed positions
     choose: Callable[[int, jax.Array], tuple[jax.Array, jax.Array | None]],
     num_draft_tokens: int,  # N
     recurrent_position_offset: int = 0,
@@ -69,8 +70,8 @@ def draft(
 
     choose: (number of the draft, logits [B, D]) -> target's token ids [B], and the distribution
         [B, V] that they were drawn from; None where the largest logit was taken.
-    recurrent_position_offset: added to the rotary position of every row that reads the head's own
-        output. 0: a row's position follows on the position of the row before it, as in training.
+    recurrent_position_offset: added to the rotary position wherever the head reads its own output.
+        0: positions follow on one another, as in training.
     """
     every_slot = jnp.arange(visible.shape[-1])
     tokens, distributions = [], []
@@ -101,7 +102,7 @@ def _decoder_layer(
     params: Tree,
     dims: HeadDims,
     cache: Cache,
-    embeddings: jax.Array,  # [B, S, H] of the tokens that the rows read
+    embeddings: jax.Array,  # [B, S, H] of the next tokens
     state: jax.Array,  # [B, S, H] fused aux hidden states, or the head's own output
     slots: jax.Array,
     positions: jax.Array,
