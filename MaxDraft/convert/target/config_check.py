@@ -11,7 +11,7 @@ from typing import Any
 
 from MaxDraft.convert.differences import listed
 from MaxDraft.convert.stored_tensor import CheckpointError
-from MaxDraft.targets.fields import default
+from MaxDraft.targets.fields import default, shown
 from MaxDraft.targets.model_file import agrees
 from MaxDraft.targets.registry import text_config
 
@@ -56,32 +56,34 @@ def check_target_config(
 
 
 def _effective(config: Mapping[str, Any], field: str) -> Any:
+    """The value of a field, under either of its names; of an absent one, what that means."""
     for name in (field, _SYNONYMS.get(field)):
         if config.get(name) is not None:
             return config[name]
     if field == "num_key_value_heads":
         return config.get("num_attention_heads")
-    if field == "head_dim" and config.get("hidden_size") and config.get("num_attention_heads"):
-        return config["hidden_size"] // config["num_attention_heads"]
+    hidden_size, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if field == "head_dim" and type(hidden_size) is int and type(heads) is int and heads > 0:
+        return hidden_size // heads
     return default(field)
 
 
-def _line(field: str, expected: Any, found: Any) -> str:
+def _line(field: str, expected: Any, value: Any) -> str:
     expected = list(expected) if isinstance(expected, tuple) else expected  # a frozen YAML list
-    there = "does not have it" if found is None else f"has {found!r}"
+    there = "does not have it" if value is None else f"has {shown(value)}"
     return f"{field}: the model file has {expected!r}, config.json {there}"
 
 
 def _rope_differences(expected: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     if not any(field in expected for field in ROPE_FIELDS):
         return []
-    wanted, found = _rope(expected), _rope(config)
-    fields = wanted.keys() | found.keys()
+    wanted, actual = _rope(expected), _rope(config)
+    fields = wanted.keys() | actual.keys()
     if not any(field in expected for field in _SCALING_FIELDS):
         fields = wanted.keys()  # the model file is silent about the scaling
     fields = {field for field in fields if field in wanted or not field.endswith("rope_theta")}
     values = {
-        field: tuple(rope.get(field, default(field.split(".")[-1])) for rope in (wanted, found))
+        field: tuple(rope.get(field, default(field.split(".")[-1])) for rope in (wanted, actual))
         for field in sorted(fields)
     }
     return [_line(field, a, b) for field, (a, b) in values.items() if not agrees(field, a, b)]
@@ -99,20 +101,21 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(field) is not None
     }
     parameters = config.get("rope_parameters") or {}
-    by_layer = {kind: said for kind, said in parameters.items() if isinstance(said, Mapping)}
+    by_layer = {kind: rope for kind, rope in parameters.items() if isinstance(rope, Mapping)}
     if by_layer:
-        said = {kind: _spelled(said) for kind, said in by_layer.items()}
+        ropes = {kind: _in_new_spelling(rope) for kind, rope in by_layer.items()}
     else:
-        plain = _spelled(outer | dict(config.get("rope_scaling") or {}) | dict(parameters))
+        plain = _in_new_spelling(outer | dict(config.get("rope_scaling") or {}) | dict(parameters))
         if config.get("rope_local_base_freq") is None:
             return plain
         local = {"rope_theta": config["rope_local_base_freq"]}
-        said = {"full_attention": plain, "sliding_attention": local}
-    return {f"{kind}.{field}": value for kind in said for field, value in said[kind].items()}
+        ropes = {"full_attention": plain, "sliding_attention": local}
+    return {f"{kind}.{field}": value for kind in ropes for field, value in ropes[kind].items()}
 
 
-def _spelled(said: Mapping[str, Any]) -> dict[str, Any]:
-    said = {field: value for field, value in said.items() if value is not None}
-    if "type" in said:  # the spelling before rope_type
-        said.setdefault("rope_type", said.pop("type"))
-    return said
+def _in_new_spelling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a rope object that are not null; its type was once named "type"."""
+    rope = {field: value for field, value in rope.items() if value is not None}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    return rope
