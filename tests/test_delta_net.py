@@ -113,7 +113,7 @@ def test_a_packed_document_equals_the_document_alone(decays):
         assert harness.relative_error(packed[:1, start:stop], expected) < TOLERANCE
 
 
-def test_no_bit_of_a_document_depends_on_another_or_on_the_padding():
+def test_documents_and_padding_do_not_change_one_another():
     own = SEGMENTS[0] == 6  # across two chunks, others in both
     first, second = draw(seed=0), draw(seed=1)
     mixed = [
@@ -170,7 +170,7 @@ def traced(length):
     return list(equations(program.jaxpr))
 
 
-def test_memory_grows_with_the_length_and_one_loop_runs_over_the_chunks():
+def test_memory_grows_with_length_in_one_loop_over_chunks():
     def largest(program):
         return max(out.aval.size for equation in program for out in equation.outvars)
 
@@ -180,7 +180,7 @@ def test_memory_grows_with_the_length_and_one_loop_runs_over_the_chunks():
     assert largest(long) == 4 * largest(short) < 4096**2
 
 
-def test_products_stay_in_float32_whatever_the_accelerator_does_by_default():
+def test_products_stay_in_float32_on_any_accelerator():
     with jax.default_matmul_precision("bfloat16"):
         products = [e for e in traced(64) if e.primitive.name == "dot_general"]
     highest = jax.lax.Precision.HIGHEST

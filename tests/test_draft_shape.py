@@ -31,14 +31,14 @@ def target(*layers, hidden_size=4096):
     return DecoderDims(1000, hidden_size, 1e-6, 4096, layers)
 
 
-def test_a_dense_target_gives_its_own_heads_width_and_rotary_embedding():
+def test_a_dense_target_gives_its_heads_width_and_rope():
     shape = draft_shape(target(Layer(dataclasses.replace(GQA, rope=YARN), Mlp(14336))))
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 8, 128)
     assert shape.intermediate_size == 14336
     assert shape.rope == YARN
 
 
-def test_latent_attention_becomes_heads_of_128_that_fill_the_hidden_size():
+def test_mla_becomes_heads_of_128_that_fill_the_hidden_size():
     latent = MLA(128, 1536, 512, 128, 64, 128, ROPE, 1.0)
     shape = draft_shape(target(Layer(latent, Mlp(18432)), hidden_size=7168))
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (56, 8, 128)
@@ -46,7 +46,7 @@ def test_latent_attention_becomes_heads_of_128_that_fill_the_hidden_size():
     assert (shape.num_heads, shape.num_kv_heads) == (20, 5)
 
 
-def test_experts_alone_give_the_width_that_a_token_passes_through():
+def test_experts_give_the_width_a_token_passes_through():
     moe = Experts(128, 768, Router(8))
     assert draft_shape(target(Layer(GQA, moe))).intermediate_size == 8 * 768
     shared = dataclasses.replace(moe, shared_intermediate_size=1000)
@@ -63,7 +63,7 @@ def test_no_head_has_a_single_key_head():
     assert draft_shape(target(Layer(one, Mlp(64)))).num_kv_heads == 2
 
 
-def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
+def test_the_rope_is_one_that_engines_read_in_a_llama():
     def rope_for(*ropes, windows=None):
         windows = windows or [0] * len(ropes)
         layers = [
@@ -73,7 +73,7 @@ def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
         return draft_shape(target(*layers)).rope
 
     partial = dataclasses.replace(ROPE, rotary_dim=64, interleaved=True)
-    assert rope_for(partial) == ROPE  # all of a head, in the usual layout
+    assert rope_for(partial) == ROPE  # all of a head, in the rotate-half layout
     mscale = dataclasses.replace(
         YARN, attention_scaling=1.0
     )  # DeepSeek: the scores are scaled instead
@@ -88,7 +88,7 @@ def test_the_rotary_embedding_is_one_that_engines_read_in_a_llama():
     assert rope_for(None, ROPE) == ROPE
 
 
-def test_a_target_that_has_nothing_for_a_head_to_take_is_an_error():
+def test_a_target_without_heads_or_rope_is_an_error():
     nope = Layer(dataclasses.replace(GQA, rope=None), Mlp(64))
     with pytest.raises(TargetError, match="rotary embedding"):
         draft_shape(target(nope))
@@ -105,7 +105,7 @@ def test_every_golden_family_has_a_head():
         assert shape.rope.rotary_dim == shape.head_dim
 
 
-def test_a_target_whose_heads_cannot_be_rotated_in_pairs_is_an_error():
+def test_heads_that_cannot_be_rotated_are_an_error():
     latent = MLA(4, 0, 8, 8, 4, 8, ROPE, 1.0)
     for hidden_size in (1, 3, 7):
         with pytest.raises(TargetError, match=f"hidden_size {hidden_size} is too small"):

@@ -232,14 +232,14 @@ def test_of_equal_scores_the_first_expert_wins():
     np.testing.assert_array_equal(chosen, [[0, 1, 2]] * 2)
 
 
-def test_a_sigmoid_router_tells_logits_apart_whose_sigmoids_are_all_one():
+def test_a_sigmoid_router_chooses_among_saturated_logits():
     w = {"router": jnp.zeros((H, E)).at[0].set(jnp.arange(E) + 40.0)}
     chosen, weights = route(jnp.eye(1, H), w, Router(2, "sigmoid"))
     np.testing.assert_array_equal(chosen, [[7, 6]])
     np.testing.assert_array_equal(weights, [[1, 1]])
 
 
-def test_experts_outside_the_best_groups_are_not_chosen_over_biased_scores_below_zero():
+def test_negative_scores_are_chosen_before_other_groups():
     router = ROUTERS["sigmoid, biased choice in groups"]
     w = weights_of(Experts(E, I, router)) | {"score_bias": jnp.full(E, -3.0).at[:2].set(-2.0)}
     x = inputs(40)
@@ -295,7 +295,7 @@ CHOICES = {
     "every token chooses all experts": np.tile(np.arange(E), (20, 1)),
     "experts without a token": np.tile([[1, 6], [6, 2]], (30, 1)),
     "one token has the last expert": np.array([[0, 1]] * 40 + [[3, 7]]),
-    "nobody chooses what is here": np.full((6, 2), E + 3),
+    "no token chooses an expert that is held": np.full((6, 2), E + 3),
     "some of the chosen are elsewhere": np.array([[-2, 3], [E, 0], [7, E + 5], [-1, E]] * 12),
 }
 
@@ -318,7 +318,7 @@ def test_a_token_may_be_alone_and_without_a_batch():
     close(jnp.stack([run(token, w) for token in x]), run(x, w))
 
 
-def test_the_sum_over_experts_is_float32_and_the_result_in_x_dtype():
+def test_experts_are_summed_in_float32_for_any_dtype():
     # One expert says 256, the others 1 each: summed in bfloat16 they would all be lost.
     dims = Experts(E, I, Router(E))
     w = {
@@ -357,23 +357,23 @@ def test_only_tpu_is_given_a_ragged_product(platform, grouped, kind):
     assert ("ragged_dot" in text) == grouped
 
 
-def test_no_more_than_twice_the_rows_are_multiplied_and_a_quarter_more_of_large_shares():
+def test_at_most_twice_the_rows_are_multiplied():
     for pairs in (1, 7, 8, 60, 64, 500, 2048, 5000, 1 << 16):
         for num_experts in (8, 64, 256):
             rows = block_rows(pairs, num_experts)
-            most = pairs + min(pairs, num_experts) * (rows - 1)
+            at_most = pairs + min(pairs, num_experts) * (rows - 1)
             share = pairs // num_experts
             assert rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-            assert most <= (1.25 if share >= 32 else 2) * pairs
+            assert at_most <= (1.25 if share >= 32 else 2) * pairs
 
 
 def test_blocks_of_experts_that_are_elsewhere_are_not_multiplied():
     rng = np.random.default_rng(0)
-    chosen = jnp.asarray(rng.integers(0, 4 * E, (200, 4)))  # a quarter is here
+    chosen = jnp.asarray(rng.integers(0, 4 * E, (200, 4)))  # a quarter is held
     slots = sort_by_expert(chosen, E, 4)
-    here = int((chosen < E).sum())
+    held = int((chosen < E).sum())
     multiplied = int((slots.expert < E).sum())
-    assert here <= multiplied <= here + 3 * E < chosen.size / 2
+    assert held <= multiplied <= held + 3 * E < chosen.size / 2
     assert (np.diff(slots.expert) >= 0).all()
 
 
@@ -410,7 +410,7 @@ def test_a_mixture_on_a_mesh_equals_one_device(name, layout):
 @needs_eight
 @pytest.mark.parametrize("layout", ["expert", "fsdp, expert and tensor"])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_tokens_that_every_device_has_are_decoded_as_on_one_device(layout, tokens):
+def test_tokens_on_every_device_equal_one_device(layout, tokens):
     dims = MIXTURES["clipped, with biases"]
     w, x = weights_of(dims), inputs(1, tokens)
     expected = jax.jit(lambda x, w: mixture(x, w, dims))(x, w)
@@ -419,7 +419,7 @@ def test_tokens_that_every_device_has_are_decoded_as_on_one_device(layout, token
 
 
 @needs_eight
-def test_no_token_is_dropped_where_one_device_has_the_experts_of_all():
+def test_no_token_is_dropped_when_one_device_has_all_experts():
     dims = Experts(E, I, Router(1))
     w, x = weights_of(dims), inputs(8, 6)
     w["router"] = jnp.zeros((H, E)).at[0, 6].set(100.0)
@@ -430,7 +430,7 @@ def test_no_token_is_dropped_where_one_device_has_the_experts_of_all():
 
 
 @needs_eight
-def test_rules_may_split_experts_over_the_axis_of_the_batch_alone():
+def test_experts_may_be_split_over_the_batch_axis_alone():
     dims = MIXTURES["silu"]
     rules = [["target_batch", ["fsdp", "data"]], ["target_experts", ["data", "fsdp"]]]
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4, 1, 1), AXES)
@@ -630,8 +630,8 @@ def our_weights(name, block):
                 else:
                     w["gate"], w["up"] = jnp.split(tensor.swapaxes(-1, -2), 2, -1)
             case "experts", "down_proj" | "down_proj_bias" as which:
-                turned = name not in ("gpt_oss", "llama4")
-                w[which.replace("_proj", "")] = tensor.swapaxes(-1, -2) if turned else tensor
+                transposed = name not in ("gpt_oss", "llama4")
+                w[which.replace("_proj", "")] = tensor.swapaxes(-1, -2) if transposed else tensor
             case other:
                 raise AssertionError(other)
     return w

@@ -60,7 +60,7 @@ def shapes(dims):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_missing_field_is_an_error_or_means_what_it_means_to_transformers(name):
+def test_an_absent_field_is_an_error_or_transformers_default(name):
     wrong, equal = [], 0
     for field, rest in without_one_field(CONFIGS[name]):
         ours = dims_or_none(rest)
@@ -106,8 +106,8 @@ WHOLE = (
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("value", ["64", -1, 1.5, [4], {"a": 1}])
-def test_a_size_that_is_no_whole_number_is_an_error_that_names_it(name, value):
-    config, said = CONFIGS[name], 0
+def test_a_size_that_is_no_whole_number_is_named(name, value):
+    config, named = CONFIGS[name], 0
     for field in WHOLE:
         changed = config | {field: value}
         # What the family does not read, or reads another field for, is not looked at.
@@ -115,8 +115,8 @@ def test_a_size_that_is_no_whole_number_is_an_error_that_names_it(name, value):
             continue
         with pytest.raises(TargetError, match=field):
             dims_from_config(changed)
-        said += 1
-    assert said > 3
+        named += 1
+    assert named > 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -167,7 +167,7 @@ def test_nothing_of_something_that_must_be_there_is_an_error(name, field):
         ("qwen3_next", {"layer_types": ["full_attention"] * 3}, "3"),
     ],
 )
-def test_what_no_decoder_would_compute_rightly_is_an_error_that_names_it(name, change, named):
+def test_a_field_that_contradicts_or_is_unknown_is_named(name, change, named):
     config = CONFIGS[name]
     if "partial_rotary_factor" in change:
         inner = {part: config[part] | change for part in ROPES if config.get(part)}
@@ -176,7 +176,7 @@ def test_what_no_decoder_would_compute_rightly_is_an_error_that_names_it(name, c
         dims_from_config(config | change)
 
 
-def test_a_field_that_only_the_reference_code_knows_may_be_missing():
+def test_a_field_of_the_reference_code_alone_may_be_absent():
     config = dict(CONFIGS["minimax_m2"])
     for name in ("qk_norm_type", "scoring_func", "use_qk_norm", "shared_intermediate_size"):
         config.pop(name, None)
@@ -264,13 +264,13 @@ NESTED = {
 @pytest.mark.parametrize(
     ("name", "change", "named"),
     [
-        # Families whose heads are turned whole in transformers, whatever the file says.
+        # Families whose heads are rotated whole in transformers, whatever the file says.
         ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("deepseek_v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("gemma3_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        # Those that turn a part of each.
+        # Those that rotate a part of each.
         ("glm4", {"partial_rotary_factor": 2.0}, "partial_rotary_factor 2.0"),
         ("glm4", {"partial_rotary_factor": 0.2}, "3 of a head's 16 dimensions"),
         ("glm4", {"partial_rotary_factor": 0.01}, "0 of a head's 16 dimensions"),
@@ -324,7 +324,7 @@ NESTED = {
         ("minimax_m2", {"attn_type_list": [1, 0] * 4}, "attn_type_list"),
     ],
 )
-def test_what_transformers_computes_otherwise_or_not_at_all_is_an_error(name, change, named):
+def test_what_transformers_computes_otherwise_is_an_error(name, change, named):
     config = CONFIGS[name]
     if change.get("partial_rotary_factor") and name != "gemma3_text":
         change = change | {"rope_parameters": config["rope_parameters"] | change}
@@ -333,7 +333,7 @@ def test_what_transformers_computes_otherwise_or_not_at_all_is_an_error(name, ch
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "deepseek_v3"])
-def test_longrope_ends_every_familys_length_where_its_short_factors_do(name):
+def test_max_length_ends_where_longropes_short_factors_end(name):
     config = {key: value for key, value in CONFIGS[name].items() if key not in ROPES}
     pairs = (config.get("qk_rope_head_dim") or config.get("head_dim")) // 2
     factors = {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
@@ -354,7 +354,7 @@ THETAS = {
 
 
 @pytest.mark.parametrize("name", THETAS)
-def test_a_file_without_any_theta_has_its_familys_as_llama_2s_have(name):
+def test_a_file_without_theta_has_its_familys_default(name):
     config = CONFIGS[name]
     inner = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
     config = {key: value for key, value in config.items() if key != "rope_parameters"}
@@ -364,13 +364,13 @@ def test_a_file_without_any_theta_has_its_familys_as_llama_2s_have(name):
         assert found == {THETAS[name]}
 
 
-def test_kimi_k2_of_which_the_reference_has_no_class_must_say_its_theta():
+def test_kimi_k2_without_a_class_must_have_its_theta():
     config = {key: value for key, value in CONFIGS["kimi_k2"].items() if key not in ROPES}
     with pytest.raises(TargetError, match="rope_theta"):
         dims_from_config(config)
 
 
-def test_what_only_a_scaling_or_only_the_fields_beside_it_say_holds():
+def test_fields_inside_or_beside_a_scaling_are_equal():
     def rope_of(fields):
         return dims_from_config(LLAMA | fields).layers[0].mixer.rope
 
@@ -380,7 +380,7 @@ def test_what_only_a_scaling_or_only_the_fields_beside_it_say_holds():
     assert rope_of(beside) == rope_of({"rope_scaling": YARN}) == rope_of(nested)
 
 
-def test_each_family_reads_the_activation_that_its_reference_reads():
+def test_each_family_reads_its_own_activation_field():
     gelu = {"hidden_activation": "gelu_pytorch_tanh"}
     assert dims_from_config(CONFIGS["llama"] | gelu) == dims_from_config(CONFIGS["llama"])
     silu = CONFIGS["gemma2"] | {"hidden_act": "silu"}
@@ -388,10 +388,10 @@ def test_each_family_reads_the_activation_that_its_reference_reads():
 
 
 def test_windows_that_both_fields_say_are_taken():
-    said = {"use_sliding_window": True, "sliding_window": 8}
-    dims = dims_from_config(CONFIGS["qwen3"] | said | {"layer_types": KINDS})
+    windowed = {"use_sliding_window": True, "sliding_window": 8}
+    dims = dims_from_config(CONFIGS["qwen3"] | windowed | {"layer_types": KINDS})
     assert [layer.mixer.window for layer in dims.layers] == [8, 0] * 4
-    dims = dims_from_config(CONFIGS["qwen3_moe"] | said | {"layer_types": KINDS[:1] * 7})
+    dims = dims_from_config(CONFIGS["qwen3_moe"] | windowed | {"layer_types": KINDS[:1] * 7})
     assert [layer.mixer.window for layer in dims.layers] == [8] * 7
 
 

@@ -111,7 +111,7 @@ def kept_bytes(table, kind):
     return total
 
 
-def test_the_opening_names_the_command_and_what_is_known_of_acceptance(name, opening):
+def test_the_opening_names_command_and_known_acceptance(name, opening):
     assert f"python3 MaxDraft/train.py configs/base.yml model_name={name} " in opening
     assert "Acceptance to beat" in opening
 
@@ -151,9 +151,7 @@ def test_the_memory_of_the_target_follows_from_its_fields(opening, target):
     assert stated(pattern, opening) == (f"{count / 1e9:.3f}", f"{2 * count / 1e9:.1f}")
 
 
-def test_the_memory_of_a_target_that_stays_quantized_follows_from_its_fields(
-    config, opening, target
-):
+def test_the_memory_of_a_quantized_target_follows(config, opening, target):
     assert ("kept as in its files" in opening) == (config.target_quantization == "keep_quantized")
     if config.target_quantization == "keep_quantized":
         kind, size = stated(r"kept as in its files \(.*?(FP8|MXFP4).*?\) = ([\d.]+) GB", opening)
@@ -172,7 +170,7 @@ def test_the_memory_of_the_head_follows_from_its_shape(opening, head):
     assert stated(pattern, opening) == (f"{12 * total / 1e9:.1f}",)
 
 
-def test_the_memory_of_a_chip_follows_and_leaves_half_of_it_for_a_step(opening, head):
+def test_the_memory_of_a_chip_leaves_half_for_a_step(opening, head):
     chips, room = map(int, stated(r"\((\d+) chips\s*(?:# )?of\s*(?:# )?(\d+) GB", opening))
     pattern = (
         r"\(([\d.]+) \+ ([\d.]+)\) / (\d+) = ([\d.]+) GB, and while .* ([\d.]+) GB for the whole"

@@ -77,7 +77,7 @@ def test_the_default_layers_are_those_of_eagle3():
         ((-1, 3, 5), 8, "layer .*-1.* does not exist"),
     ],
 )
-def test_captured_layers_that_collide_or_do_not_exist_are_an_error(captured_layers, layers, named):
+def test_captured_layers_that_cannot_be_are_an_error(captured_layers, layers, named):
     with pytest.raises(TargetError, match=named):
         check_captured_layers(captured_layers, layers)
 

@@ -22,7 +22,7 @@ def test_every_family_has_a_golden():
 
 
 @pytest.mark.parametrize("outer", ["llama4", "mistral3"])
-def test_the_language_models_part_of_a_multimodal_config_is_taken(outer):
+def test_the_text_config_of_a_multimodal_config_is_read(outer):
     inner = golden_config("mistral")
     config = {
         "model_type": outer,
@@ -49,7 +49,7 @@ def test_the_language_models_part_of_a_multimodal_config_is_taken(outer):
         {"partial_rotary_factor": 0.5},
     ],
 )
-def test_an_outer_rope_that_the_language_model_does_not_have_is_an_error(outer):
+def test_an_outer_rope_that_contradicts_is_an_error(outer):
     inner = golden_config("mistral")
     with pytest.raises(TargetError, match=f"{next(iter(outer))} is .*text_config"):
         dims_from_config({"model_type": "mistral3", "text_config": inner} | outer)
@@ -64,7 +64,7 @@ def test_an_empty_text_config_takes_nothing_from_a_flat_file():
 
 
 def test_gemma_3s_published_files_leave_out_what_its_family_says():
-    said = {
+    fields = {
         "hidden_size": 2560,
         "intermediate_size": 10240,
         "model_type": "gemma3_text",
@@ -72,7 +72,7 @@ def test_gemma_3s_published_files_leave_out_what_its_family_says():
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     }
-    dims = dims_from_config({"model_type": "gemma3", "text_config": said})
+    dims = dims_from_config({"model_type": "gemma3", "text_config": fields})
     assert (dims.vocab_size, dims.tied_head, dims.norm_eps) == (262208, True, 1e-6)
     windows = [layer.mixer.window for layer in dims.layers]
     assert windows[:12] == [1024] * 5 + [0] + [1024] * 5 + [0]

@@ -1,4 +1,4 @@
-"""Tokens that end a reply are read from both files, or what is wrong with a file is said."""
+"""Tokens that end a reply are read from both files, or an error names the file."""
 
 import pytest
 

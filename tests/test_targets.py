@@ -216,7 +216,7 @@ def test_every_tensor_of_a_live_checkpoint_is_read_and_no_other(name, checkpoint
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_says_the_same_as_people_have_it_and_as_transformers_writes_it(name):
+def test_a_config_as_transformers_writes_it_is_equal(name):
     assert dims_from_config(recipe.CONFIGS[name]) == dims_from_config(golden(name)[0])
 
 
@@ -232,7 +232,7 @@ def test_a_switch_that_is_ignored_is_noticed(name, switch, checkpoint):
     assert max(errors) > 100 * TOLERANCE, errors
 
 
-def test_every_switch_is_on_in_some_golden_target_and_is_dropped_there():
+def test_every_switch_is_on_and_dropped_in_some_golden():
     on = {
         (name, switch)
         for name in NAMES
@@ -245,14 +245,14 @@ def test_every_switch_is_on_in_some_golden_target_and_is_dropped_there():
 
 
 @pytest.mark.parametrize("name", ["llama_llama3", "gpt_oss", "llama4_scout", "qwen3_next"])
-def test_a_document_has_the_same_features_alone_and_packed_behind_another(name, checkpoint):
+def test_a_packed_document_equals_the_document_alone(name, checkpoint):
     dims, tokens = dims_from_config(recipe.CONFIGS[name]), recipe.draw_tokens(name, 224)
     cut = 24
     segments = np.repeat([1, 2], [cut, len(tokens) - cut])
     positions = np.concatenate([np.arange(cut), np.arange(len(tokens) - cut)])
     # Alone: the other document stands behind, where nothing sees it.
-    turned = [np.roll(x, -cut) for x in (tokens, segments, positions)]
-    alone = our_row(checkpoint(name), dims, *turned, block=50)
+    rolled = [np.roll(x, -cut) for x in (tokens, segments, positions)]
+    alone = our_row(checkpoint(name), dims, *rolled, block=50)
     packed = our_row(checkpoint(name), dims, tokens, segments, positions, block=50)
     ours, theirs = [x[cut:] for x in packed], [x[:-cut] for x in alone]
     assert max(errors_against(ours, *theirs)) < TOLERANCE
@@ -391,7 +391,7 @@ def test_rope_without_scaling_is_read_from_either_place(spelling):
         ),
     ],
 )
-def test_a_rope_that_is_missing_contradictory_or_unknown_is_an_error_that_names_it(spelling, named):
+def test_a_missing_or_contradictory_rope_is_named(spelling, named):
     with pytest.raises(TargetError, match=named):
         hf_config.rope(LLAMA | spelling)
 

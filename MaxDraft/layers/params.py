@@ -1,7 +1,7 @@
 """One table per parameter tree: everything about a parameter stands in one place, once.
 
 A table is a nested dict (or tuple) whose leaves are `Param`. Initial values, abstract shapes,
-shardings, loading, exporting and the parameter count are all read off it.
+shardings, loading, exporting and the parameter count are all derived from it.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     FP8     w[i, o] = values[i, o] * scale[i // a, o // b]
     MXFP4   w[i, o] = e2m1(nibble i of values[:, o]) * 2 ^ (scale[i // 32, o] - 127)
 
-Values are bytes, also those of FP8: bytes are sliced where they lie, while a compiler without 8-bit
-floats first turns a whole array of them into something wider.
+Values are bytes, also those of FP8: bytes are sliced in place, while a compiler without 8-bit
+floats first converts a whole array of them into a wider dtype.
 
 A scan takes one tile of q at a time, dequantizes it and multiplies, so that the dequantized matrix
-never exists as a whole. Tiles lie along q.tiled:
+never exists as a whole. Tiles are cut along q.tiled:
     "in"    y = sum over tiles of x[:, tile] @ w[tile, :], summed in float32
     "out"   y[:, tile] = x @ w[:, tile]
 
@@ -27,8 +27,8 @@ import jax.numpy as jnp
 
 from MaxDraft.layers.params import Quantized
 
-_TILE = 1 << 22  # numbers of a dequantized tile, where the matrix can be cut so finely
-_NARROWEST = 128  # inputs or outputs of a tile: below that matrix units idle
+_TILE = 1 << 22  # at most so many numbers in a dequantized tile, where the shape allows it
+_NARROWEST = 128  # inputs or outputs of a tile: with fewer, matrix units would be partly idle
 
 
 def dequantize(q: Quantized, dtype: jnp.dtype) -> jax.Array:
@@ -50,7 +50,8 @@ def _mxfp4(q: Quantized) -> jax.Array:
     # Two bits of exponent with bias 1, one of mantissa; exponent 0 counts halves.
     normal = _float32_of_bits(((size >> 1) + 126) << 23 | (size & 1) << 22)
     number = jnp.where(size < 2, 0.5 * size.astype(jnp.float32), normal)
-    # The exponent is float32's own. 0 would be 2^-127, which float32 units take for nothing.
+    # The scale's exponent has the bias of float32, and is put where float32 has its own. With an
+    # exponent of 0 it would be 2^-127, a subnormal number that accelerators flush to zero.
     power = _float32_of_bits(q.scale.astype(jnp.uint32) << 23)
     signed = jnp.where(code > 7, -number, number)
     return signed * jnp.repeat(power, q.in_size // q.scale.shape[-2], axis=-2)
@@ -97,7 +98,7 @@ def multiply(
 
 
 def tile_count(q: Quantized) -> int:
-    """Into how many equal tiles the matrix is cut along q.tiled."""
+    """The number of equal tiles that the matrix is cut into along q.tiled."""
     size, block = _along(q)
     numbers = q.in_size * math.prod(q.values.shape) // q.values.shape[-2]
     counts = [
@@ -113,7 +114,7 @@ def tile(q: Quantized, index: jax.Array, count: int) -> Quantized:
     axis = -2 if q.tiled == "in" else -1
 
     def cut(leaf):
-        if leaf.shape[axis] == 1:  # one scale for all
+        if leaf.shape[axis] == 1:  # one scale for the whole dimension
             return leaf
         size = leaf.shape[axis] // count
         return jax.lax.dynamic_slice_in_dim(leaf, index * size, size, axis=axis)
@@ -127,7 +128,7 @@ def tile(q: Quantized, index: jax.Array, count: int) -> Quantized:
 
 
 def _along(q: Quantized) -> tuple[int, int]:
-    """Size of the tiled dimension, and the numbers along it that must stay together."""
+    """Size of the tiled dimension, and how many numbers along it share a scale."""
     axis = -2 if q.tiled == "in" else -1
     size = q.in_size if q.tiled == "in" else q.values.shape[-1]
     scales = q.scale.shape[axis]

@@ -8,7 +8,7 @@ Equal layers are stacked and scanned in the groups of plan.py, which end after e
 the hidden states that the draft head reads are what comes out of these scans. The weights are
 stored in the same groups, so that no copy of a weight is made on the way in.
 
-B batch, T sequence, H hidden size, K captured layers, V vocabulary, D draft vocabulary.
+B batch, T sequence, H hidden size, C captured layers, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run_layers(
     context: Context,
     caches: Any = None,  # per layer group and place of its unit, stacked over the repeats
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """-> aux_hidden_states [B, T, K * H], last_hidden_state (normalized) [B, T, H], new caches."""
+    """-> aux_hidden_states [B, T, C * H], last_hidden_state (normalized) [B, T, H], new caches."""
     ropes = dict.fromkeys(getattr(layer.mixer, "rope", None) for layer in dims.layers)
     rotary = {
         rope: tuple(
@@ -129,7 +129,7 @@ def forward(
     block: int,  # queries and keys attended at a time
     kernel: str = "xla",  # one of attention_keys.KERNELS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Packed documents -> embeddings [B, T, H], aux_hidden_states [B, T, K * H],
+    """Packed documents -> embeddings [B, T, H], aux_hidden_states [B, T, C * H],
     last_hidden_state [B, T, H].
     """
     embeddings = embed(params, tokens, dtype)

@@ -30,7 +30,7 @@ _KEYS: dict[str, set[str]] = {  # by rope_type; no other key is read
     "longrope": {"factor", _ORIGINAL, "attention_factor", "short_factor", "long_factor"},
 }
 _PLAIN_KEYS = {"rope_theta", "rope_type", "partial_rotary_factor"}
-_IMAGE_KEYS = {"mrope_section", "mrope_interleaved"}  # the positions of text alone are the usual
+_IMAGE_KEYS = {"mrope_section", "mrope_interleaved"}  # without effect on text alone
 _HINTS = {
     "attn_factor": "; transformers ignores it and serving engines may not: take it out if the "
     "engine that will serve the target ignores it too"

@@ -1,4 +1,4 @@
-"""config.json -> the family that can run it. A family is a file in families/, found there."""
+"""config.json -> the family that reads it. A family is a file in families/."""
 
 import importlib
 import pkgutil

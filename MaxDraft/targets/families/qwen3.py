@@ -1,4 +1,4 @@
-"""Qwen3 (dense): an RMSNorm on every query and key head; head_dim is always given."""
+"""Qwen3 (dense): an RMSNorm on every query and key head; its files always have head_dim."""
 
 from collections.abc import Mapping
 from typing import Any

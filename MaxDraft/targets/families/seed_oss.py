@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with biases on q, k and v; head_dim is always given."""
+"""Seed-OSS: Llama with biases on q, k and v; its files always have head_dim."""
 
 from collections.abc import Mapping
 from typing import Any
