@@ -71,6 +71,8 @@ def head_dims(problem):
         target_vocab_size=len(problem.teacher.lm_head),
         norm_eps=head.eps,
         rope=Rope(theta=head.theta, rotary_dim=head.head_dim),
+        fc_norm=head.fc_norm,
+        norm_output=head.norm_output,
     )
 
 

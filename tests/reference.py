@@ -28,6 +28,8 @@ class Head:
     head_dim: int
     theta: float = 10000.0
     eps: float = 1e-6
+    fc_norm: bool = False  # EAGLE-3.1: an RMSNorm of its own for each feature before fc
+    norm_output: bool = False  # EAGLE-3.1: the normed state is what the next step reads
 
 
 @dataclasses.dataclass
@@ -106,6 +108,8 @@ def make_problem(
         "norm.weight": (H,),
         "lm_head.weight": (draft_vocabulary, H),
     }
+    if head.fc_norm:
+        shapes |= {f"fc_norm.{feature}.weight": (H,) for feature in range(3)}
     params = {
         name: 1 + 0.3 * rng.normal(size=shape) if len(shape) == 1 else rng.normal(size=shape) * 0.5
         for name, shape in shapes.items()
@@ -167,7 +171,7 @@ def document_states(params, head, embedding, tokens, aux, steps):
         for i in range(n):
             if i + 1 + k >= n:
                 continue
-            state = weight["fc.weight"] @ aux[i] if k == 0 else states[k - 1, i]
+            state = fused(weight, head, aux[i]) if k == 0 else states[k - 1, i]
             embedded = embedding[tokens[i + 1 + k]]
             inputs = np.concatenate(
                 [
@@ -194,8 +198,21 @@ def document_states(params, head, embedding, tokens, aux, steps):
             normed = rms_norm(state, weight["midlayer.post_attention_layernorm.weight"], head.eps)
             gate = weight["midlayer.mlp.gate_proj.weight"] @ normed
             up = weight["midlayer.mlp.up_proj.weight"] @ normed
-            states[k, i] = state + weight["midlayer.mlp.down_proj.weight"] @ (silu(gate) * up)
+            state = state + weight["midlayer.mlp.down_proj.weight"] @ (silu(gate) * up)
+            if head.norm_output:
+                state = rms_norm(state, weight["norm.weight"], head.eps)
+            states[k, i] = state
     return states
+
+
+def fused(weight, head, aux):
+    """fc of one token's three features [3H]."""
+    if head.fc_norm:
+        features = np.split(aux, 3)
+        for number, feature in enumerate(features):
+            features[number] = rms_norm(feature, weight[f"fc_norm.{number}.weight"], head.eps)
+        aux = np.concatenate(features)
+    return weight["fc.weight"] @ aux
 
 
 def log_softmax(x):
@@ -269,7 +286,10 @@ def rollout(problem, steps, alignment="serving"):
                     best = int(np.argmax(target_logits))
                     p_full = np.exp(log_softmax(target_logits))
                     p = np.exp(log_softmax(target_logits[draft_ids]))
-                    log_q = log_softmax(lm_head @ rms_norm(states[k, i], norm, head.eps))
+                    state = states[k, i]
+                    if not head.norm_output:
+                        state = rms_norm(state, norm, head.eps)
+                    log_q = log_softmax(lm_head @ state)
                     at = (k, b, start + i)
                     rows.aligned[at] = True
                     rows.counted[at] = best in in_draft
@@ -372,7 +392,12 @@ def torch_total(problem, steps, alignment="serving", denominator="supervised", d
         index = torch.arange(length)
         causal = (index[:, None] >= index[None]) & (segments[:, None] == segments[None])
         own = torch.eye(length, dtype=torch.bool)
-        state = torch.tensor(batch.aux[b], dtype=f64) @ weight["fc.weight"].T
+        features = torch.tensor(batch.aux[b], dtype=f64)
+        if head.fc_norm:
+            parts = features.chunk(3, -1)
+            parts = [norm(part, f"fc_norm.{i}.weight") for i, part in enumerate(parts)]
+            features = torch.cat(parts, -1)
+        state = features @ weight["fc.weight"].T
         past_keys, past_values, masks = [], [], []
         for k in range(steps):
             inputs = torch.cat(
@@ -401,7 +426,10 @@ def torch_total(problem, steps, alignment="serving", denominator="supervised", d
             gate = torch.nn.functional.silu(normed @ weight["midlayer.mlp.gate_proj.weight"].T)
             up = normed @ weight["midlayer.mlp.up_proj.weight"].T
             state = state + (gate * up) @ weight["midlayer.mlp.down_proj.weight"].T
-            log_q = (norm(state, "norm.weight") @ weight["lm_head.weight"].T).log_softmax(-1)
+            normed = norm(state, "norm.weight")
+            if head.norm_output:
+                state = normed
+            log_q = (normed @ weight["lm_head.weight"].T).log_softmax(-1)
             loss = -(shift(teacher_p, 1 + k) * log_q).sum(-1)
 
             if alignment == "serving":
