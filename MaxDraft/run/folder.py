@@ -23,9 +23,15 @@ def make_run_directory(config: Config) -> None:
             f"the run's folder {folder} cannot be written ({error.strerror}: {error.filename}); "
             f"give another base_output_directory"
         ) from error
-    begun = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
-    if begun and (folder / pyconfig.SAVED_NAME).is_file():
+    if has_begun(config):
         check_same_config(pyconfig.read_saved(folder), config)
+
+
+def has_begun(config: Config) -> bool:
+    """Whether the run's folder holds a checkpoint, and the configuration it was made with."""
+    folder = config.run_directory
+    has_checkpoint = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+    return has_checkpoint and (folder / pyconfig.SAVED_NAME).is_file()
 
 
 def check_export_directory(config: Config) -> None:

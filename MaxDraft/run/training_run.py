@@ -44,6 +44,7 @@ from MaxDraft.run.target import (
     target_table,
     with_embedded_target,
 )
+from MaxDraft.run.warm_start import with_captured_layers
 from MaxDraft.targets.dims import TargetError
 from MaxDraft.train_step import Batch, FrozenParams, Metrics, StepSpec
 
@@ -155,7 +156,7 @@ def open_for_export(config: Config) -> OpenedRun:
 
 def _prepared(config: Config) -> Config:
     start_jax(config)
-    config = with_embedded_target(config)
+    config = with_captured_layers(with_embedded_target(config))
     make_run_directory(config)
     return config
 

@@ -24,6 +24,7 @@ from MaxDraft.drafts.drafter import Drafter, DrafterError
 from MaxDraft.drafts.vocabulary import DraftVocabulary, VocabularyError
 from MaxDraft.layers.params import Tree, flatten
 from MaxDraft.targets.dims import DecoderDims
+from MaxDraft.targets.fields import shown
 from MaxDraft.targets.table import decoder_params
 
 _ROWS_COMPARED = 4096  # at once, of an embedding
@@ -63,11 +64,10 @@ def open_head(folder: Path, kind: type[Drafter]) -> FolderContents:
     config, tensors = read_config(folder), open_safetensors(folder)
     found = registry.kind_of_folder(config, tensors)
     if found != kind.kind:
-        names = str(config.get("architectures"))[:200]
+        holds = f"a drafter of kind {found}" if found else "no drafter that is known"
         raise CheckpointError(
-            f"{folder} holds a drafter of kind {found or 'that is not known'} (architectures "
-            f"{names}), and this run has drafter={kind.kind}"
-            + (f"; set drafter={found}" if found else "")
+            f"{folder} holds {holds} (architectures {shown(config.get('architectures'))}), and "
+            f"this run has drafter={kind.kind}" + (f"; set drafter={found}" if found else "")
         )
     try:
         dims, captured_layers = kind.checkpoint_format.read_config(config)

@@ -1,0 +1,27 @@
+"""What a run that starts from an existing head takes from the head's folder, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from MaxDraft import pyconfig
+from MaxDraft.convert.heads.load import open_head
+from MaxDraft.drafts.registry import drafter_class
+from MaxDraft.pyconfig import Config
+from MaxDraft.run.folder import has_begun
+
+
+def with_captured_layers(config: Config) -> Config:
+    """load_parameters_path without target_layer_ids: the layers that the head's config.json names.
+
+    A run that has begun has them in its own config.yml, and goes on where the head's folder is
+    gone. CheckpointError where the folder holds no such head.
+    """
+    if config.target_layer_ids or not config.load_parameters_path:
+        return config
+    if has_begun(config):
+        layers = pyconfig.read_saved(config.run_directory)["target_layer_ids"]
+    else:
+        folder = Path(config.load_parameters_path).expanduser()
+        layers = open_head(folder, drafter_class(config.drafter)).captured_layers or ()
+    return Config(config.as_dict() | {"target_layer_ids": list(layers)})
