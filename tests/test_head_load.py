@@ -200,7 +200,7 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
         (None, lambda c: c.pop("rms_norm_eps"), "has no rms_norm_eps"),
         (None, lambda c: c.update(hidden_act="gelu"), "not known"),
         (None, lambda c: c.update(hidden_act="gelu_pytorch_tanh"), "a head's is silu"),
-        (None, lambda c: c.update(partial_rotary_factor=0.5), "turns whole heads"),
+        (None, lambda c: c.update(partial_rotary_factor=0.5), "whole heads"),
         (None, lambda c: c.update(rope_theta=1e4), "contradicts itself"),
     ],
 )
