@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: a bit that flips on a disk is found before it is trained on.
+"""Checksums of a folder's files: a bit that flips on a disk is noticed before it is trained on.
 
 Orbax and tensorstore store arrays without checksums, so a flipped bit of a weight would be restored
 without a word. checksums.json stands in the folder and holds the SHA-256 of every file in its
@@ -46,10 +46,10 @@ def find_damage(folder: StoragePath, subfolders: Collection[str]) -> str | None:
         return f"{NAME} is not an object"
     files = [file for file in written if file.split("/")[0] in subfolders]
     try:
-        found = _hash(folder, files)
+        present = _hash(folder, files)
     except OSError as error:
         return str(error)
-    for file, checksum in zip(files, found, strict=True):
+    for file, checksum in zip(files, present, strict=True):
         if checksum != written[file]:
             return f"{file} does not hold what was written"
     return None

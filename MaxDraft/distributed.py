@@ -26,7 +26,7 @@ from MaxDraft.errors import RESTARTABLE, UserError
 from MaxDraft.liveness import Liveness
 
 # How long the first process waits for the last. A pod's hosts boot minutes apart; processes that
-# are started by hand are there at once, and a wrong address should not take long to be told.
+# are started by hand are there at once, and a wrong address should not take long to show.
 POD_TIMEOUT = 300  # seconds
 TIMEOUT = 60
 # JAX aborts the process with a stack trace when its own time is over, so it is given more.

@@ -86,7 +86,7 @@ def run_main(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def print_error(message: str) -> None:
-    """The one form in which an error is told."""
+    """Prints an error in the one form that all entry scripts use."""
     print(f"\nerror: {message}", file=sys.stderr, flush=True)
 
 

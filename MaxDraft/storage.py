@@ -167,13 +167,13 @@ def names(location: str | os.PathLike[str]) -> list[str]:
 
 def files(location: str | os.PathLike[str]) -> list[str]:
     """The files below a folder, relative to it, with / between folders, sorted."""
-    found = []
+    relative = []
     for entry in as_path(location).iterdir():
         if entry.is_dir():
-            found += [f"{entry.name}/{file}" for file in files(entry)]
+            relative += [f"{entry.name}/{file}" for file in files(entry)]
         else:
-            found.append(entry.name)
-    return sorted(found)
+            relative.append(entry.name)
+    return sorted(relative)
 
 
 def remove_abandoned(location: str | os.PathLike[str]) -> list[str]:

@@ -87,7 +87,7 @@ class Job:
 
     def keys(self, **changes) -> list[str]:
         keys = {
-            # A real model file is not needed: everything is given here.
+            # No model file describes this target: every key that matters stands here.
             "model_name": "tiny",
             "target_path": self.target,
             "grain_train_files": self.data,
@@ -163,7 +163,7 @@ class Job:
 
     def saved(self, step: int) -> dict[str, np.ndarray]:
         """Everything that training changes, by path, from a checkpoint."""
-        found = {}
+        arrays = {}
         for item in ("params", "optimizer"):
             folder = self.run_folder / "checkpoints" / str(step) / item
             reader = ocp.PyTreeCheckpointer()
@@ -171,8 +171,8 @@ class Job:
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
             tree = reader.restore(folder, restore_args=as_numpy)
             for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
-                found[item + jax.tree_util.keystr(path)] = np.asarray(value)
-        return found
+                arrays[item + jax.tree_util.keystr(path)] = np.asarray(value)
+        return arrays
 
     def config(self) -> dict:
         return yaml.safe_load((self.run_folder / "config.yml").read_text())

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 pytestmark = pytest.mark.slow
 
 
-def test_a_runs_folder_says_what_was_trained_on_what_with_which_result(whole):
+def test_a_runs_folder_says_what_was_trained_and_how_well(whole):
     job, printed = whole
     assert job.config()["learning_rate"] == 0.003
     assert job.config()["target_path"] == str(job.target)
@@ -51,7 +51,7 @@ def test_the_latest_two_and_the_best_checkpoint_are_kept(whole):
     assert job.checkpoints() == sorted({20, 24, best})
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(job):
+def test_a_loss_that_is_not_finite_stops_the_run(job):
     assert job.signal_after("step 6/24", signal.SIGTERM)[0] == 42
     last = job.checkpoints()[-1]
     # A target with a weight that is not a number.
