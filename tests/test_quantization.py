@@ -320,7 +320,7 @@ def test_mxfp4_scales_must_be_there_and_fit(tmp_path):
 
 
 # --------------------------------------------------------------------------------- kept in memory
-def test_small_things_are_not_kept_quantized(tmp_path):
+def test_vectors_and_vocabularies_are_dequantized(tmp_path):
     whole = {"w": fp8_values(256, 128), "w_scale": scales(256, 1)}
     tensors = opened(tmp_path, whole)
     for axes in [("target_vocab", "target_embed"), ("target_embed", "target_vocab"), (None, None)]:
@@ -355,7 +355,7 @@ def test_the_memory_of_both_forms_is_counted(tmp_path):
     assert [leaf.shape for leaf in jax.tree.leaves(abstract(kept))] == [(256, 512), (2, 4)]
 
 
-def test_a_target_loads_kept_and_its_scales_are_not_listed_as_unused(tmp_path):
+def test_a_target_loads_quantized_and_no_scale_is_unused(tmp_path):
     tensors = {"model.w": fp8_values(256, 128), "model.w_scale": scales(256, 1)}
     table = {"w": Param((128, 256), MATRIX, "model.w", BF16, transposed=True)}
     kept = keep_quantized(table, opened(tmp_path, tensors))
@@ -376,9 +376,7 @@ def test_a_target_loads_kept_and_its_scales_are_not_listed_as_unused(tmp_path):
         (("target_embed", None), "out"),
     ],
 )
-def test_tiles_lie_along_the_dimension_that_tensor_parallelism_does_not_split(
-    tmp_path, axes, tiled
-):
+def test_tiles_lie_along_what_tensor_parallelism_leaves_whole(tmp_path, axes, tiled):
     tensors = opened(tmp_path, {"w": fp8_values(256, 128), "w_scale": scales(256, 1)})
     assert keep_quantized(Param((128, 256), axes, "w", transposed=True), tensors).tiled == tiled
 

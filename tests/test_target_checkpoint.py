@@ -25,7 +25,7 @@ from MaxDraft.convert.target.checkpoint import (
     target_fingerprint,
     unused_tensors,
 )
-from MaxDraft.layers.params import Param, flatten, shardings
+from MaxDraft.layers.params import flatten, shardings
 from MaxDraft.targets.table import decoder_params
 
 BASE_YML = Path(__file__).parent.parent / "configs" / "base.yml"
@@ -155,22 +155,6 @@ def test_replicas_are_read_once_and_shards_only_their_part(tmp_path, monkeypatch
     assert sizes["model.norm.weight"] == [32]
     # Whole rows of the file, [48, 32], though the parameter is split along what are its columns.
     assert {shape for name, shape in shapes if name.endswith("0.mlp.up_proj.weight")} == {(32, 12)}
-
-
-@pytest.mark.parametrize(
-    ("place", "rows"),
-    [((None, "a"), (None, None, "a")), ((None, "a", "b"), (None, None, ("b", "a")))],
-)
-def test_devices_exchange_what_they_read_and_gather_nothing(place, rows):
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
-    place, rows = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (place, rows))
-    param = Param((32, 48), (None, None), "{layer}", transposed=True, layers=range(3))
-    assert loading._whole_rows(param, place, by_outputs=True).spec == rows.spec
-    _, move, _ = loading._exchange(place, np.dtype(jnp.bfloat16))
-    text = (
-        move.lower(jax.ShapeDtypeStruct((1, 32, 48), np.uint16, sharding=rows)).compile().as_text()
-    )
-    assert "all-to-all" in text and "all-gather" not in text and "f32" not in text
 
 
 def test_all_missing_and_misshaped_tensors_are_in_one_error(tmp_path):

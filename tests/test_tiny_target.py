@@ -90,7 +90,7 @@ def test_the_text_is_the_same_in_every_process(records):
     assert imported.strip() == "[]", "reading the library must not import it"
 
 
-def test_there_are_thousands_of_conversations_and_none_is_asked_twice(records):
+def test_thousands_of_conversations_and_none_is_asked_twice(records):
     asked = [
         [m["content"] for m in record["messages"] if m["role"] == "user"] for record in records
     ]
@@ -120,9 +120,7 @@ def test_signatures_are_what_the_source_says(entries):
 
 
 @pytest.mark.parametrize("source", [None, "def dedent(text): return text\n"])
-def test_a_python_without_documentation_is_an_error_that_says_what_to_do(
-    source, tmp_path, monkeypatch
-):
+def test_a_python_without_documentation_is_told_what_to_do(source, tmp_path, monkeypatch):
     if source:
         (tmp_path / "textwrap.py").write_text(source)
     monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -145,7 +143,7 @@ def test_any_text_survives_the_tokenizer(records):
         assert max(ids) < bpe.get_vocab_size() == 400
 
 
-def test_the_chat_template_renders_the_tokens_the_target_was_trained_on(made, records):
+def test_the_chat_template_renders_the_tokens_of_training(made, records):
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoTokenizer.from_pretrained(made[0].target_path, local_files_only=True)
     bpe = tokenizer.tokenizers.Tokenizer.from_file(str(made[0].target_path / "tokenizer.json"))
@@ -230,7 +228,7 @@ def test_another_recipe_makes_another_target():
     assert build._key(other) != build._key(Recipe())
 
 
-def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_a_target(interrupted, made):
+def test_a_kill_leaves_nothing_that_is_taken_for_a_target(interrupted, made):
     assert len(interrupted[1]) == 1
     assert interrupted[1][0].startswith(".")
     # The next call made the target, and removed what the killed process had left.

@@ -2,13 +2,12 @@
 
     parameter[layer, in, out] = tensor_of_that_layer[out, in]      (TensorLayout.transposed)
 
-Every device asks for its own index range, the range is turned round where the file holds [out, in],
-and only that is read; quantized numbers are dequantized meanwhile. A part goes to its device one
-layer at a time, into a buffer that stands there already: the host holds one layer's part of one
-parameter, and nothing else twice.
+Every device reads only its own range of a parameter, transposed and dequantized on the way
+(read_tensor.py). A part goes to its device one layer at a time, into a buffer that was allocated
+there before: the host holds one layer's part of one parameter, and nothing else twice.
 
-A part of every row would touch every page of the file. Where a parameter is split so, its devices
-read whole rows instead, and exchange them among each other:
+Reading a part of every row would touch every page of the file. Where a parameter is split along its
+rows, the devices therefore read whole rows, and exchange them among each other:
 
     file [out, in], placed (in: fsdp, out: tensor)  ->  read as (out: tensor and fsdp), all-to-all
 """
@@ -40,7 +39,7 @@ from MaxDraft.convert.tensor_layout import (
 )
 from MaxDraft.layers.params import Param, TensorLayout, Tree
 
-# Bytes that go to a device at once; or a layer's matrix, or an expert's, where that is more.
+# Bytes that go to a device at once; a single matrix of a layer, or of an expert, may be more.
 _PIECE = 16 << 20
 
 
@@ -110,7 +109,7 @@ def _read(
 
 
 def _whole_rows(param: Param, place: Sharding, by_outputs: bool) -> NamedSharding | None:
-    """Whole rows of the file instead of `place`; None where it has them, or none can be had.
+    """A sharding that reads whole rows of the file; None if `place` does, or no sharding can.
 
     by_outputs: the file's rows are the parameter's last dimension.
     """
@@ -166,7 +165,7 @@ def _exchanged(
     """Read as `rows` says, a layer at a time or less, and moved into `place` on the devices."""
     shape, dtype = param.full_shape, np.dtype(param.dtype)
     zeros, move, write = _exchange(place, dtype)
-    # A CPU would exchange bfloat16 as float32; bits go over as they are.
+    # XLA exchanges bfloat16 as float32 on a CPU; integers of the same width it moves unchanged.
     bits = np.dtype(f"u{dtype.itemsize}")
     whole = zeros(shape)
     for index in _exchanged_pieces(param, rows, place):
@@ -181,7 +180,7 @@ def _exchanged(
 
         piece = _place(tuple(at.stop - at.start for at in index), rows, parts_of)
         whole = write(whole, move(piece), starts)
-        jax.block_until_ready(whole)  # or the next pieces pile up on the host
+        jax.block_until_ready(whole)  # without this the next pieces would pile up on the host
     return whole
 
 
@@ -201,7 +200,7 @@ def _exchanged_pieces(param: Param, rows: NamedSharding, place: NamedSharding) -
 
 @functools.cache
 def _exchange(place: NamedSharding, dtype: np.dtype) -> tuple[Callable[..., jax.Array], ...]:
-    """-> an empty parameter; a piece as it was read, moved into `place`; and written there."""
+    """Programs: allocate a parameter; move a piece into `place`; write it into the parameter."""
 
     def move(bits: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(jax.lax.with_sharding_constraint(bits, place), dtype)
@@ -233,12 +232,12 @@ def _on_devices(
             _write(whole, jax.device_put(piece, device), starts)
             for whole, device in zip(wholes, devices, strict=True)
         ]
-        jax.block_until_ready(wholes)  # or the next pieces pile up on the host
+        jax.block_until_ready(wholes)  # without this the next pieces would pile up on the host
     return wholes
 
 
 def _pieces(sizes: list[int], itemsize: int, axis: int) -> Iterator[Index]:
-    """Index of every piece; of a layer's experts, where they are too many, some at a time."""
+    """Index of every piece; a layer whose experts exceed a piece is cut along its experts."""
     steps, row = list(sizes), itemsize * int(np.prod(sizes)) // max(1, sizes[axis])
     steps[axis] = max(1, min(sizes[axis], _PIECE // max(1, row)))
     if len(sizes) == 4 and row > _PIECE:

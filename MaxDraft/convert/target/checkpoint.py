@@ -121,11 +121,11 @@ def load_target(folder: Path, table: Tree, placement: Tree | None = None) -> Tre
     """
     tensors = open_weights(folder)
     names = _used(tensors, table)
-    found = [name for name in names if name in tensors]
+    present = [name for name in names if name in tensors]
     bare = sorted(
         name for name in names if "model." in name and name.removeprefix("model.") in tensors
     )
-    if bare and not any(name.startswith("model.") for name in found):
+    if bare and not any(name.startswith("model.") for name in present):
         raise CheckpointError(
             f"{folder} holds {bare[0].removeprefix('model.')!r} where {bare[0]!r} is expected: it "
             f"was saved without its language model head; save the whole ...ForCausalLM model"
