@@ -374,7 +374,8 @@ def test_rope_without_scaling_is_read_from_either_place(spelling):
             "rope_type",
         ),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "longrope"}}, "short_factor"),
-        ({"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "ntk", "factor": 2.0}}, "'ntk'"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "dynamic"}}, "factor"),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, "factor"),
         (
             {"rope_theta": 1e4, "rope_scaling": {"type": "llama3"} | LLAMA3 | {"factor": None}},
