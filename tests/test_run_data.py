@@ -94,6 +94,6 @@ def test_stop_tokens_are_those_of_both_configs(tmp_path, config, generation, exp
 def test_stop_tokens_that_are_no_ids_are_an_error(tmp_path, value):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(
-        TargetError, match=r"generation_config\.json: eos_token_id is .* a token id"
+        TargetError, match=r"generation_config\.json: eos_token_id must be a token id"
     ):
         stop_token_ids(Target(tmp_path, {}, None, (), ""))
