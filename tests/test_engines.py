@@ -101,7 +101,7 @@ def test_families_outside_vllms_list_are_a_no():
         assert answer(report({"model_type": family})[VLLM]) == "no"
 
 
-def test_limits_are_told_where_they_bite():
+def test_limits_are_named_where_they_apply():
     tied = report({"tie_word_embeddings": True})
     assert answer(tied[SGLANG_JAX]) == "no" and "tied embeddings" in tied[SGLANG_JAX][1]
     assert answer(tied[FORK]) == "not known"
@@ -112,7 +112,7 @@ def test_limits_are_told_where_they_bite():
         assert answer(one[name]) == "no" and "one key/value head" in one[name][1]
 
 
-def test_other_captured_layers_are_told_to_the_engine():
+def test_other_captured_layers_are_given_to_the_engine():
     other = report(captured_layers=(0, 7, 15))
     override = '--json-model-override-args \'{"eagle_config": '
     layers = '{"eagle_aux_hidden_state_layer_ids": [0, 7, 15]'

@@ -169,7 +169,7 @@ def test_all_differences_from_the_run_are_in_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("with_t2d", [True, False])
-def test_absolute_ids_are_told(tmp_path, with_t2d):
+def test_absolute_ids_are_named(tmp_path, with_t2d):
     folder, _, drafter = exported(tmp_path / "export")
     edit_tensors(folder, lambda t: (absolute_ids(t), with_t2d or t.pop("t2d")))
     with pytest.raises(CheckpointError, match="d2t holds absolute target ids"):
@@ -187,7 +187,7 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "config", "told"),
+    ("tensors", "config", "message"),
     [
         (
             lambda t: t.update(bias=t["norm.weight"]),
@@ -204,13 +204,13 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(tmp_path):
         (None, lambda c: c.update(rope_theta=1e4), "contradicts itself"),
     ],
 )
-def test_a_head_that_computes_something_else_is_refused(tmp_path, tensors, config, told):
+def test_a_head_that_computes_something_else_is_refused(tmp_path, tensors, config, message):
     folder, _, drafter = exported(tmp_path / "export")
     if tensors:
         edit_tensors(folder, tensors)
     if config:
         edit_config(folder, config)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load(folder, drafter)
 
 

@@ -44,6 +44,6 @@ def test_a_run_that_has_begun_needs_no_head_folder(tmp_path, folder):
     assert list(with_captured_layers(again).target_layer_ids) == [2, 5, 9]
 
 
-def test_a_folder_without_a_head_is_told(tmp_path):
+def test_a_folder_without_a_head_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="there is no folder"):
         with_captured_layers(config_of(tmp_path, f"load_parameters_path={tmp_path / 'gone'}"))

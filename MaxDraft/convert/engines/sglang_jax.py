@@ -1,4 +1,4 @@
-"""sglang-jax, the TPU engine that these drafters are made for, and the fork of the published heads.
+"""sglang-jax, and the fork of the published heads.
 
 The fork has an older base: it serves Qwen2 and tied targets as well, and refuses to start unless
 the overlap schedule is switched off.
@@ -56,7 +56,7 @@ def _limits(pair: ServedPair) -> list[str]:
     return [
         *([] if pair.captures_default_layers else [override]),
         "its fast path takes top-k 1 and draft tokens = steps + 1; from the second draft on, "
-        "positions are one too far (recurrent_position_offset=1)",
+        "positions are one too far (decode_recurrent_position_offset=1 predicts that)",
     ]
 
 

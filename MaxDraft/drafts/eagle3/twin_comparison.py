@@ -1,4 +1,4 @@
-"""The trained head beside its NumPy twin: chains of drafts over random embeddings and features.
+"""The trained head beside its NumPy twin: chains of drafts over random hidden states.
 
 Loading an export proves nothing: a dropped rope field, absolute ids in d2t, a swapped concatenation
 all load. So the logits of chains are compared, at positions far apart.
