@@ -134,7 +134,7 @@ def test_a_head_with_other_flags_names_the_key_to_set(tmp_path, flags):
     with pytest.raises(CheckpointError) as error:
         load_head(folder, Eagle3(head_dims()), CAPTURED_LAYERS)
     for flag in flags:
-        assert f"{flag}: the head has True, this run False; set draft_{flag}=true" in str(
+        assert f"{flag}: the head has True, this run False; set draft_{flag}=True" in str(
             error.value
         )
 

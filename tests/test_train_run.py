@@ -87,6 +87,18 @@ def test_an_exported_head_is_a_warm_start(whole, job):
     assert warm["loss"] < cold["loss"]
 
 
+def test_an_eagle_3_1_head_is_trained_exported_and_read_again(job):
+    flags = {"draft_fc_norm": True, "draft_norm_output": True}
+    job.run(run_name="both", steps=2, **flags)
+    exported = job.folder / "runs" / "both" / "export"
+    config = json.loads((exported / "config.json").read_text())
+    assert config["fc_norm"] is True and config["norm_output"] is True
+    printed = job.run(run_name="again", steps=2, load_parameters_path=exported, **flags)
+    assert f"warm start from {exported}" in printed
+    printed = job.run(status=2, run_name="plain", steps=2, load_parameters_path=exported)
+    assert "set draft_fc_norm=True" in printed and "set draft_norm_output=True" in printed
+
+
 def test_an_output_folder_that_cannot_be_written_is_an_error(job):
     (job.folder / "file").write_text("")
     printed = job.run(status=2, base_output_directory=job.folder / "file")

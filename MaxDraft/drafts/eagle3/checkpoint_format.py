@@ -170,7 +170,7 @@ class Eagle3Format(CheckpointFormat):
         for field, (name, key) in _FIELDS.items():
             value, wanted = getattr(dims, field), getattr(expected, field)
             if value != wanted:
-                advice = f"; set {key}={str(value).lower()}" if key else ""
+                advice = f"; set {key}={value}" if key else ""
                 lines.append(f"{name}: the head has {value}, this run {wanted}{advice}")
         return lines
 
