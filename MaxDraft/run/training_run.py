@@ -155,6 +155,7 @@ def open_for_export(config: Config) -> OpenedRun:
 
 
 def _prepared(config: Config) -> Config:
+    registry.drafter_class(config.drafter)  # an unknown kind is an error before anything is made
     start_jax(config)
     config = with_captured_layers(with_embedded_target(config))
     make_run_directory(config)
