@@ -126,8 +126,8 @@ class Outcome:
     """What the code under test says of a problem."""
 
     rows: losses.PositionResults  # [K, B, T]
-    aligned: np.ndarray  # bool [K, B, T], loss_mask
-    counted: np.ndarray  # bool [K, B, T], in_vocab_loss_mask
+    loss_mask: np.ndarray  # bool [K, B, T]
+    in_vocab_loss_mask: np.ndarray  # bool [K, B, T]
     sums: dict[str, np.ndarray]
     metrics: dict
     total: float
@@ -135,10 +135,10 @@ class Outcome:
 
 
 @functools.lru_cache
-def _compiled(spec, gradients, every_row):
+def _compiled(spec, gradients, every_position):
     def on_device(batch, outputs, params, teacher):
         inputs, supervision, masks = train_step.device_inputs(spec, batch, outputs, teacher)
-        if every_row:
+        if every_position:
             everywhere = jnp.ones_like(masks[0])
             blocks = PositionBlocks.from_loss_mask(everywhere, spec.rollout.position_block)
             supervision = dataclasses.replace(supervision, blocks=blocks)
@@ -174,12 +174,12 @@ def run(
     decay=0.8,
     counts=None,
     gradients=True,
-    every_row=False,
+    every_position=False,
 ):
     """Rollout, supervision, total and gradients of a problem, in float32.
 
     counts: the denominators [K], where they are taken over more than this batch.
-    gradients: False compiles faster. every_row: rolls out those too that no step supervises.
+    gradients: False compiles faster. every_position: rolls out unsupervised positions too.
     """
     dims, batch = head_dims(problem), problem.batch
     target_dims = models.tiny_dims(dims.target_vocab_size)
@@ -210,16 +210,16 @@ def run(
     arrays |= {name: jnp.asarray(x, jnp.float32)[None] for name, x in hidden_states.items()}
     table = spec.drafter.params_table()
     params = tree_of(table, problem.params.__getitem__)
-    total, gradient, results, masks, sums = _compiled(spec, gradients, every_row)(
+    total, gradient, results, masks, sums = _compiled(spec, gradients, every_position)(
         params, frozen, arrays
     )
     shape = (steps, *batch.turns.shape)
-    aligned, counted = (np.asarray(mask).reshape(shape) for mask in masks)
+    loss_mask, in_vocab_loss_mask = (np.asarray(mask).reshape(shape) for mask in masks)
     sums = {name: np.asarray(value) for name, value in sums.items()}
     return Outcome(
         rows=jax.tree.map(lambda x: np.asarray(x).reshape(shape), results),
-        aligned=aligned,
-        counted=counted,
+        loss_mask=loss_mask,
+        in_vocab_loss_mask=in_vocab_loss_mask,
         sums=sums,
         metrics=metrics.finish(sums, decay),
         total=float(total),

@@ -54,7 +54,7 @@ class Teacher:
 
 @dataclasses.dataclass
 class Problem:
-    """A head, a teacher and a batch to judge it on."""
+    """A head, a teacher and a batch."""
 
     head: Head
     params: dict[str, np.ndarray]
@@ -220,7 +220,7 @@ def log_softmax(x):
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def is_aligned(turns, i, k, alignment):
+def is_supervised(turns, i, k, alignment):
     """Whether row i of one document counts at step k, before the vocabulary is asked.
 
     serving: x[i+1] .. x[i+2+k] are all written by the assistant, in one turn, in this document.
@@ -255,8 +255,8 @@ def unpack(problem):
 class Rows:
     """What happened at step k in row i of batch row b; all arrays are [K, B, T]."""
 
-    aligned: np.ndarray
-    counted: np.ndarray
+    loss_mask: np.ndarray  # bool [K, B, T]
+    in_vocab_loss_mask: np.ndarray  # bool [K, B, T]
     correct: np.ndarray
     loss: np.ndarray
     alpha: np.ndarray
@@ -280,7 +280,7 @@ def rollout(problem, steps, alignment="serving"):
             states = document_states(params, head, teacher.embedding, tokens, aux, steps)
             for k in range(steps):
                 for i in range(end - start):
-                    if not is_aligned(turns, i, k, alignment):
+                    if not is_supervised(turns, i, k, alignment):
                         continue
                     target_logits = teacher.lm_head @ final[i + 1 + k]
                     best = int(np.argmax(target_logits))
@@ -291,8 +291,8 @@ def rollout(problem, steps, alignment="serving"):
                         state = rms_norm(state, norm, head.eps)
                     log_q = log_softmax(lm_head @ state)
                     at = (k, b, start + i)
-                    rows.aligned[at] = True
-                    rows.counted[at] = best in in_draft
+                    rows.loss_mask[at] = True
+                    rows.in_vocab_loss_mask[at] = best in in_draft
                     rows.correct[at] = draft_ids[int(np.argmax(log_q))] == best
                     rows.loss[at] = -np.sum(p * log_q)
                     rows.alpha[at] = sum(
@@ -307,9 +307,11 @@ def total_loss(rows, decay=0.8, denominator="supervised"):
     steps, num_rows, length = rows.loss.shape
     total = 0.0
     for k in range(steps):
-        count = rows.counted[k].sum() if denominator == "supervised" else num_rows * length
+        count = (
+            rows.in_vocab_loss_mask[k].sum() if denominator == "supervised" else num_rows * length
+        )
         if count:
-            total += decay**k * rows.loss[k][rows.counted[k]].sum() / count
+            total += decay**k * rows.loss[k][rows.in_vocab_loss_mask[k]].sum() / count
     return total
 
 
@@ -320,7 +322,7 @@ def metrics(rows):
     for k in range(steps):
         aligned = hits = still = still_hits = 0
         alpha = 0.0
-        for at in np.argwhere(rows.aligned[k]):
+        for at in np.argwhere(rows.loss_mask[k]):
             at = tuple(at)
             aligned += 1
             hits += rows.correct[(k, *at)]
@@ -328,8 +330,10 @@ def metrics(rows):
             if all(rows.correct[(before, *at)] for before in range(k)):
                 still += 1
                 still_hits += rows.correct[(k, *at)]
-        counted = rows.counted[k].sum()
-        out["loss"].append(rows.loss[k][rows.counted[k]].sum() / counted if counted else 0.0)
+        counted = rows.in_vocab_loss_mask[k].sum()
+        out["loss"].append(
+            rows.loss[k][rows.in_vocab_loss_mask[k]].sum() / counted if counted else 0.0
+        )
         out["acc"].append(hits / aligned if aligned else 0.0)
         out["alpha"].append(alpha / aligned if aligned else 0.0)
         out["cond_acc"].append(still_hits / still if still else 0.0)

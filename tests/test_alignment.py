@@ -66,7 +66,7 @@ def test_the_rows_of_a_packed_batch_equal_a_scan_of_every_document(alignment):
         for start, end in reference.documents_of(segments[b]):
             for i in range(end - start):
                 for k in range(4):
-                    expected[k, b, start + i] = reference.is_aligned(
+                    expected[k, b, start + i] = reference.is_supervised(
                         turns[b, start:end], i, k, alignment
                     )
     np.testing.assert_array_equal(ours, expected)

@@ -44,9 +44,9 @@ def test_losses_and_gradients_equal_the_reference(flags):
     given = problem(flags)
     ours = harness.run(given, STEPS)
     rows = reference.rollout(given, STEPS)
-    assert rows.counted.any((1, 2)).all()
+    assert rows.in_vocab_loss_mask.any((1, 2)).all()
     for k in range(STEPS):
-        at = rows.aligned[k]
+        at = rows.loss_mask[k]
         assert harness.relative_error(ours.rows.loss[k][at], rows.loss[k][at]) < TOLERANCE
         np.testing.assert_array_equal(ours.rows.correct[k][at], rows.correct[k][at])
     total, gradients = reference.torch_total(given, STEPS)

@@ -39,14 +39,14 @@ def half(rows, part):
 def sums_of(rows):
     sums = metrics.sums(
         harness.from_rows(rows),
-        jnp.asarray(harness.flat(rows.aligned)),
-        jnp.asarray(harness.flat(rows.counted)),
+        jnp.asarray(harness.flat(rows.loss_mask)),
+        jnp.asarray(harness.flat(rows.in_vocab_loss_mask)),
     )
     return {name: np.asarray(value) for name, value in sums.items()}
 
 
 def total_of(rows, denominators, decay=0.8):
-    weights = loss_weights(rows.counted, jnp.asarray(denominators, jnp.float32), decay)
+    weights = loss_weights(rows.in_vocab_loss_mask, jnp.asarray(denominators, jnp.float32), decay)
     return float((weights * harness.flat(rows.loss)).sum())
 
 
@@ -86,12 +86,12 @@ def test_metrics_of_two_halves_pool_to_those_of_the_whole():
 
 def test_the_losses_of_two_halves_add_up_to_that_of_the_whole():
     rows = random_rows()
-    counts = rows.counted.sum((1, 2))
+    counts = rows.in_vocab_loss_mask.sum((1, 2))
     whole = total_of(rows, counts)
     assert whole == pytest.approx(reference.total_loss(rows), rel=1e-5)
     assert sum(total_of(half(rows, part), counts) for part in (0, 1)) == pytest.approx(whole)
     each = [half(rows, part) for part in (0, 1)]
-    averaged = np.mean([total_of(part, part.counted.sum((1, 2))) for part in each])
+    averaged = np.mean([total_of(part, part.in_vocab_loss_mask.sum((1, 2))) for part in each])
     assert abs(averaged - whole) > 1e-3  # dividing first reads otherwise
 
 
@@ -106,7 +106,7 @@ def test_gradients_of_two_halves_add_up_to_that_of_the_whole():
         return dataclasses.replace(whole, batch=batch)
 
     all_rows = harness.run(whole, 1)
-    counts = all_rows.counted.sum((1, 2))
+    counts = all_rows.in_vocab_loss_mask.sum((1, 2))
     parts = [
         harness.run(only(np.array(keep)), 1, counts=counts) for keep in ((1, 1, 0, 0), (0, 0, 1, 1))
     ]
@@ -117,11 +117,13 @@ def test_gradients_of_two_halves_add_up_to_that_of_the_whole():
 
 def test_steps_without_a_row_count_nothing_and_stay_finite():
     rows = random_rows()
-    for name in ("aligned", "counted", "correct"):
+    for name in ("loss_mask", "in_vocab_loss_mask", "correct"):
         getattr(rows, name)[2:] = False
     ours = metrics.finish(sums_of(rows), 0.8)
     assert ours["acc"][2:] == ours["alpha"][2:] == ours["loss_by_step"][2:] == [0.0, 0.0]
-    weights = loss_weights(rows.counted, jnp.asarray(rows.counted.sum((1, 2)), jnp.float32))
+    weights = loss_weights(
+        rows.in_vocab_loss_mask, jnp.asarray(rows.in_vocab_loss_mask.sum((1, 2)), jnp.float32)
+    )
     assert np.isfinite(weights).all()
     assert not weights[2:].any()
 
@@ -145,7 +147,7 @@ def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
 def test_sim_accept_length_is_the_mean_chain_of_the_rows_where_all_steps_are_aligned():
     rng = np.random.default_rng(0)
     rows = random_rows()
-    rows.aligned[:] = rows.counted[:] = True
+    rows.loss_mask[:] = rows.in_vocab_loss_mask[:] = True
     rows.correct[:] = rng.random((K, B, T)) < 0.6
     chains = [
         1 + sum(1 for _ in itertools.takewhile(bool, rows.correct[:, b, t]))
@@ -185,7 +187,7 @@ def test_a_uniform_head_over_the_whole_vocabulary_has_loss_log_v_and_the_overlap
     H = given.teacher.lm_head.shape[1]
     given.params["lm_head.weight"] = np.zeros((11, H))
     ours = harness.run(given, 1, gradients=False)
-    for b, i in np.argwhere(ours.aligned[0]):
+    for b, i in np.argwhere(ours.loss_mask[0]):
         logits = given.teacher.lm_head @ given.batch.final[b, i + 1]
         p = np.exp(logits) / np.exp(logits).sum()
         assert ours.rows.alpha[0, b, i] == pytest.approx(np.minimum(p, 1 / 11).sum(), rel=1e-4)
@@ -197,7 +199,7 @@ def test_alpha_takes_the_targets_probabilities_over_all_tokens_not_renormalised(
     given.params["lm_head.weight"] = np.zeros_like(given.params["lm_head.weight"])
     ours = harness.run(given, 1, gradients=False)
     draft_ids = np.arange(6) + given.d2t
-    for b, i in np.argwhere(ours.aligned[0]):
+    for b, i in np.argwhere(ours.loss_mask[0]):
         logits = given.teacher.lm_head @ given.batch.final[b, i + 1]
         p = (np.exp(logits) / np.exp(logits).sum())[draft_ids]
         assert ours.rows.alpha[0, b, i] == pytest.approx(np.minimum(p, 1 / 6).sum(), rel=1e-4)
@@ -233,7 +235,7 @@ def test_rows_whose_teacher_is_outside_the_vocabulary_are_found_at_the_teachers_
 
 
 # ------------------------------------------------------------------------- the losses themselves
-def judged_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
+def loss_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
     rng = np.random.default_rng(seed)
     behind = rows + steps - 1
     logits = 2 * rng.normal(size=(behind, vocabulary))
@@ -248,16 +250,16 @@ def judged_problem(seed=0, steps=3, rows=5, vocabulary=13, width=8):
     }
 
 
-def judged_by_code(given, loss):
+def fused_loss(given, loss):
     def total(hidden):
-        judge = losses.TeacherTargets.from_logits(
+        teacher = losses.TeacherTargets.from_logits(
             *(jnp.asarray(given[name], jnp.float32) for name in ("logits", "log_norm")),
             jnp.asarray(given["best"], jnp.int32),
         )
         weights = jnp.asarray(given["weights"], jnp.float32)
         so_far = jnp.ones_like(lm_head)
         total, *rest = losses.fused_linear_cross_entropy(
-            hidden, lm_head, so_far, judge, weights, loss
+            hidden, lm_head, so_far, teacher, weights, loss
         )
         return total, rest
 
@@ -269,7 +271,7 @@ def judged_by_code(given, loss):
     return (value, rows), (d_hidden, d_head - 1)
 
 
-def judged_plainly(given, loss, stopped=None):
+def plain_loss(given, loss, stopped=None):
     """NumPy, float64, a row at a time -> total, loss [K, R], alpha [K, R].
 
     stopped: alpha [K, R] under lk_hybrid's stop_gradient, where it is not to move.
@@ -294,13 +296,13 @@ def judged_plainly(given, loss, stopped=None):
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
-    given = judged_problem()
+    given = loss_problem()
     given["best"][:3] = (given["hidden"][0, :3] @ given["lm_head"]).argmax(-1)
-    (total, rows), gradients = judged_by_code(given, loss)
-    expected, values, alphas = judged_plainly(given, loss)
+    (total, rows), gradients = fused_loss(given, loss)
+    expected, values, alphas = plain_loss(given, loss)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(rows.loss, values, rtol=1e-5)
-    np.testing.assert_allclose(rows.cross_entropy, judged_plainly(given, "kl")[1], rtol=1e-5)
+    np.testing.assert_allclose(rows.cross_entropy, plain_loss(given, "kl")[1], rtol=1e-5)
     np.testing.assert_allclose(rows.alpha, alphas, rtol=1e-5)
     guesses = (given["hidden"] @ given["lm_head"]).argmax(-1)
     best = np.stack([given["best"][k : k + len(guesses[k])] for k in range(len(guesses))])
@@ -313,7 +315,7 @@ def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
 
             def moved(by, name=name, direction=direction):
                 changed = given | {name: given[name] + by * direction}
-                return judged_plainly(changed, loss, stopped=alphas)[0]
+                return plain_loss(changed, loss, stopped=alphas)[0]
 
             slope = (moved(size) - moved(-size)) / (2 * size)
             assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-5)
@@ -321,20 +323,20 @@ def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_a_row_that_does_not_count_has_no_gradient_however_wrong_it_and_its_teacher_are(loss):
-    given = judged_problem(steps=1)
+    given = loss_problem(steps=1)
     given["weights"][:, 2] = 0.0
     given["hidden"][:, 2] = 1e30
     given["logits"][2] *= 1000
     given["log_norm"][2] = 0.0  # exp(log sum - 0) overflows
-    (total, _), (d_hidden, d_head) = judged_by_code(given, loss)
+    (total, _), (d_hidden, d_head) = fused_loss(given, loss)
     assert np.isfinite(total)
     assert np.isfinite(d_head).all()
     assert not np.asarray(d_hidden[:, 2]).any()
 
 
 def test_lk_hybrid_goes_from_the_cross_entropy_to_one_minus_alpha_as_alpha_rises():
-    given = judged_problem()
-    _, kl, alphas = judged_plainly(given, "kl")
-    hybrid = np.asarray(judged_by_code(given, "lk_hybrid")[0][1].loss)
+    given = loss_problem()
+    _, kl, alphas = plain_loss(given, "kl")
+    hybrid = np.asarray(fused_loss(given, "lk_hybrid")[0][1].loss)
     share = (hybrid - (1 - alphas)) / (kl - (1 - alphas))
     np.testing.assert_allclose(share, np.exp(-3 * alphas), rtol=1e-4)

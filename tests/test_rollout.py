@@ -25,13 +25,15 @@ def whole_vocabulary():
 
 
 def assert_values_equal(ours, rows, denominator):
-    np.testing.assert_array_equal(ours.aligned, rows.aligned)
-    np.testing.assert_array_equal(ours.counted, rows.counted)
-    assert (rows.counted.sum((1, 2)) > 0).all(), "the layout judges no row at some step"
-    at = rows.aligned
+    np.testing.assert_array_equal(ours.loss_mask, rows.loss_mask)
+    np.testing.assert_array_equal(ours.in_vocab_loss_mask, rows.in_vocab_loss_mask)
+    assert (rows.in_vocab_loss_mask.sum((1, 2)) > 0).all(), (
+        "the layout supervises no position at some step"
+    )
+    at = rows.loss_mask
     np.testing.assert_array_equal(ours.rows.correct[at], rows.correct[at])
     for k in range(len(at)):
-        aligned = rows.aligned[k]
+        aligned = rows.loss_mask[k]
         for name in ("loss", "alpha"):
             mine, theirs = getattr(ours.rows, name)[k], getattr(rows, name)[k]
             assert harness.relative_error(mine[aligned], theirs[aligned]) < TOLERANCE, (name, k)
@@ -100,7 +102,7 @@ def test_gradients_equal_finite_differences_along_random_directions():
 
 def assert_same(ours, expected):
     assert ours.total == pytest.approx(expected.total, rel=1e-5)
-    at = expected.aligned
+    at = expected.loss_mask
     for name in ("loss", "alpha", "correct"):
         mine, theirs = getattr(ours.rows, name)[at], getattr(expected.rows, name)[at]
         np.testing.assert_allclose(mine, theirs, rtol=1e-4)
@@ -115,11 +117,11 @@ def test_block_sizes_change_nothing():
 
 
 @pytest.mark.parametrize("alignment", ["serving", "specforge"])
-def test_rolling_out_the_rows_that_nobody_judges_as_well_changes_nothing(alignment):
+def test_rolling_out_unsupervised_positions_changes_nothing(alignment):
     gathered = harness.run(problem(), 3, alignment)
-    share = gathered.aligned.any(0).mean()
+    share = gathered.loss_mask.any(0).mean()
     assert 0.2 < share < 0.9  # of the rows are rolled out
-    assert_same(harness.run(problem(), 3, alignment, every_row=True), gathered)
+    assert_same(harness.run(problem(), 3, alignment, every_position=True), gathered)
 
 
 def packed_elsewhere(given, placement, length=23):
@@ -150,9 +152,9 @@ def test_a_document_has_the_same_losses_alone_and_behind_another():
     behind = harness.run(packed_elsewhere(given, BEHIND_OTHERS), steps, "specforge")
     for row, (size, start) in enumerate(((17, 4), (14, 9), (9, 7))):
         here, there = np.s_[:, row, :size], np.s_[:, row, start : start + size]
-        at = alone.aligned[here]
+        at = alone.loss_mask[here]
         assert at.any()
-        np.testing.assert_array_equal(at, behind.aligned[there])
+        np.testing.assert_array_equal(at, behind.loss_mask[there])
         for name in ("loss", "alpha", "correct"):
             mine, theirs = getattr(alone.rows, name)[here], getattr(behind.rows, name)[there]
             np.testing.assert_allclose(mine[at], theirs[at], rtol=1e-4)
@@ -190,7 +192,7 @@ def test_a_row_reads_the_tokens_after_it_its_chain_and_the_prefix_and_nothing_el
     )
     for t in range(n):
         for k in range(steps):
-            for i in range(n - 2 - k):  # rows that are judged
+            for i in range(n - 2 - k):  # supervised positions
                 changed = abs(by_token.rows.loss[k, t, i] - before[k, i]) > 1e-6
                 assert changed == (t >= 1 and i >= t - 1 - k), ("token", t, k, i)
                 changed = abs(by_feature.rows.loss[k, t, i] - before[k, i]) > 1e-6
@@ -225,8 +227,8 @@ def test_a_teacher_argmax_outside_the_draft_vocabulary_is_wrong_but_not_trained_
         batch=dataclasses.replace(given.batch, final=final),
     )
     ours = harness.run(shut, 3)
-    assert ours.aligned.any((1, 2)).all()
-    assert not ours.counted.any()
+    assert ours.loss_mask.any((1, 2)).all()
+    assert not ours.in_vocab_loss_mask.any()
     assert ours.metrics["acc"] == [0.0, 0.0, 0.0]
     assert ours.total == 0.0
     assert all(np.all(gradient == 0) for gradient in ours.gradients.values())
