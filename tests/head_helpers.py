@@ -37,7 +37,7 @@ ROPES = {
         original_max_position_embeddings=64,
         attention_scaling=0.1 * float(np.log(4.0)) + 1.0,
     ),
-    "yarn, all said": Rope(
+    "yarn, every field": Rope(
         theta=1e6,
         rotary_dim=8,
         rope_type="yarn",

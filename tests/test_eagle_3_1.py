@@ -41,15 +41,15 @@ def problem(flags, seed=0):
 @each_flag
 def test_losses_and_gradients_equal_the_reference(flags):
     pytest.importorskip("torch")
-    given = problem(flags)
-    ours = harness.run(given, STEPS)
-    rows = reference.rollout(given, STEPS)
+    example = problem(flags)
+    ours = harness.run(example, STEPS)
+    rows = reference.rollout(example, STEPS)
     assert rows.in_vocab_loss_mask.any((1, 2)).all()
     for k in range(STEPS):
         at = rows.loss_mask[k]
         assert harness.relative_error(ours.rows.loss[k][at], rows.loss[k][at]) < TOLERANCE
         np.testing.assert_array_equal(ours.rows.correct[k][at], rows.correct[k][at])
-    total, gradients = reference.torch_total(given, STEPS)
+    total, gradients = reference.torch_total(example, STEPS)
     assert abs(total - reference.total_loss(rows)) < 1e-10 * total  # the reference with itself
     assert abs(ours.total - total) < TOLERANCE * total
     name, error = harness.worst_gradient(ours.gradients, gradients)
@@ -58,18 +58,18 @@ def test_losses_and_gradients_equal_the_reference(flags):
 
 @each_flag
 def test_gradients_of_the_new_norms_equal_finite_differences(flags):
-    given = problem(flags, seed=1)
-    ours = harness.run(given, STEPS)
+    example = problem(flags, seed=1)
+    ours = harness.run(example, STEPS)
     names = [name for name in ours.gradients if name.startswith("fc_norm")] + ["norm.weight"]
     assert len(names) == (4 if "fc_norm" in flags else 1)
     rng = np.random.default_rng(0)
     size = 1e-5
     for name in names:
-        direction = rng.normal(size=given.params[name].shape)
+        direction = rng.normal(size=example.params[name].shape)
 
         def total(moved, name=name, direction=direction):
-            params = given.params | {name: given.params[name] + moved * direction}
-            rows = reference.rollout(dataclasses.replace(given, params=params), STEPS)
+            params = example.params | {name: example.params[name] + moved * direction}
+            rows = reference.rollout(dataclasses.replace(example, params=params), STEPS)
             return reference.total_loss(rows)
 
         expected = (total(size) - total(-size)) / (2 * size)
@@ -80,9 +80,9 @@ def test_gradients_of_the_new_norms_equal_finite_differences(flags):
 
 @each_flag
 def test_each_flag_changes_what_is_trained(flags):
-    given = problem(flags)
-    plain = dataclasses.replace(given, head=problem(()).head)
-    with_flags, without = (reference.rollout(each, STEPS).loss for each in (given, plain))
+    example = problem(flags)
+    plain = dataclasses.replace(example, head=problem(()).head)
+    with_flags, without = (reference.rollout(each, STEPS).loss for each in (example, plain))
     assert abs(with_flags - without)[1:].max() > 0.01
 
 

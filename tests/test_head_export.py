@@ -147,15 +147,17 @@ def test_what_would_serve_wrongly_is_not_exported(tmp_path):
     drafter, out = Eagle3(head_dims()), tmp_path / "export"
     params = models.random_head(drafter.dims)
 
-    def export(params=params, kept=IDS, config=TARGET_CONFIG):
-        export_head(out, params, drafter, DraftVocabulary(kept, V), config, CAPTURED_LAYERS, "tiny")
+    def export(params=params, draft_ids=IDS, config=TARGET_CONFIG):
+        export_head(
+            out, params, drafter, DraftVocabulary(draft_ids, V), config, CAPTURED_LAYERS, "tiny"
+        )
 
     with pytest.raises(CheckpointError, match=r"fc\.weight holds numbers that are not finite"):
         export(params={**params, "fc": params["fc"].at[0, 0].set(np.nan)})
     with pytest.raises(CheckpointError, match=r"q_proj\.weight: expected \[64, 32\]"):
         export(params={**params, "q": params["q"].T})
     with pytest.raises(CheckpointError, match=f"19 of {V} tokens, the head {D} of {V}"):
-        export(kept=IDS[:-1])
+        export(draft_ids=IDS[:-1])
     with pytest.raises(CheckpointError, match="hidden_size: the head has 32"):
         export(config={**TARGET_CONFIG, "hidden_size": 64})
     assert not list(tmp_path.iterdir())

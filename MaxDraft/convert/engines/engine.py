@@ -1,9 +1,9 @@
 """What is known of a serving engine, and what it means for one drafter and its target.
 
 An engine that cannot serve a drafter seldom says so: wrong hidden states, an ignored flag or a lost
-rope scaling show only as an accept length near 1. So "yes" is said only with evidence, which names
-the engine's version and the file that was read or the run that was made; "no" with the reason; and
-"not known" otherwise.
+rope scaling show only as an accept length near 1. So the answer is "yes" only with evidence, which
+names the engine's version and the file that was read or the run that was made; "no" with the
+reason; and "not known" otherwise.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def _launch_line(pair: ServedPair) -> str:
 
 
 _DRAFTER = f"{_VERSION}, models/llama_eagle3.py"
-# Target model_type -> the file whose class has set_eagle3_layers_to_capture. Other families' are
-# said to have it as well; their files have not been read.
+# Target model_type -> the file whose class has set_eagle3_layers_to_capture. Other families'
+# classes may have it as well; their files have not been read.
 _FAMILIES = {
     "llama": "sgl-project/sglang 0023954, models/llama.py",
     "qwen3": "sgl-project/sglang 01b5f57, models/qwen3.py",
