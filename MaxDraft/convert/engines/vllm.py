@@ -7,8 +7,8 @@ import shlex
 
 from MaxDraft.convert.engines.engine import NUM_CHIPS, STEPS, Engine, ServedPair
 
-_VERSION = "vLLM 0.22 and later"
-_TARGETS = f"{_VERSION}, config/speculative.py"
+_VERSION = "vLLM (August 2026)"
+_TARGETS = f"{_VERSION}, config/speculative.py, eagle3_target_supported"
 
 
 def launch_line(pair: ServedPair) -> str:
@@ -24,7 +24,7 @@ def launch_line(pair: ServedPair) -> str:
     )
 
 
-_DRAFTER = f"{_VERSION}, models/llama_eagle3.py"
+_DRAFTER = "vLLM 0.22 and later (vllm-project/vllm#42764), models/llama_eagle3.py"
 _LISTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss")
 _NOT_LISTED = (
     *("gemma2", "gemma3_text", "glm4", "glm4_moe", "glm4_moe_lite"),
@@ -33,8 +33,8 @@ _NOT_LISTED = (
 VLLM = Engine(
     name="vLLM (GPU)",
     version=_VERSION,
-    families=dict.fromkeys(_LISTED, f"{_TARGETS} lists it among EAGLE-3's targets"),
-    refused_families=dict.fromkeys(_NOT_LISTED, f"not among EAGLE-3's targets in {_TARGETS}"),
+    families=dict.fromkeys(_LISTED, f"{_TARGETS} has it"),
+    refused_families=dict.fromkeys(_NOT_LISTED, f"not in {_TARGETS}; later versions may differ"),
     drafters={"eagle3": dict.fromkeys(("", "fc_norm", "norm_output"), _DRAFTER)},
     launch_line=launch_line,
     reads_unknown_flags=True,

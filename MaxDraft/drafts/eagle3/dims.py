@@ -88,7 +88,7 @@ def default_captured_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def check_captured_layers(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Three distinct ascending layers inside the target; the defaults where `layer_ids` is empty."""
+    """Three distinct ascending layers inside the target; the defaults where none are asked for."""
     layers = tuple(layer_ids) or default_captured_layers(num_layers)
     if num_layers < NUM_CAPTURED:
         raise TargetError(
