@@ -17,7 +17,7 @@ def rows(layout, steps, alignment):
     return ["".join(str(int(x)) for x in step[0]) for step in np.asarray(aligned)]
 
 
-def test_serving_rows_start_at_the_last_prompt_token_and_end_before_the_last_reply_token():
+def test_serving_positions_run_from_prompt_end_to_reply_end():
     # x[4..8] is the reply. Row 3 reads x[4] and drafts x[5]; row 6 drafts x[8], the end of turn.
     assert rows("pppp11111pp", 5, "serving") == [
         "00011110000",
@@ -32,7 +32,7 @@ def test_specforge_rows_are_the_unshifted_mask_sliding_left():
     assert rows("pppp11111pp", 3, "specforge") == ["00001111100", "00011111000", "00111110000"]
 
 
-def test_specforge_rows_end_where_the_teacher_leaves_the_document():
+def test_specforge_positions_end_with_their_document():
     assert rows("pp111|pp111", 2, "specforge") == ["0011000110", "0110001100"]
 
 
@@ -44,17 +44,17 @@ def test_a_chain_never_crosses_a_hole_in_the_mask():
     assert rows("p11p111p", 2, "serving") == ["10011000", "00010000"]
 
 
-def test_the_first_token_of_a_document_is_never_drafted_from_the_document_before():
+def test_no_draft_crosses_into_the_next_document():
     assert rows("p11|11111", 2, "serving") == ["10011100", "00011000"]
 
 
-def test_a_chain_never_crosses_into_a_document_whose_turn_has_the_same_number():
+def test_equal_turn_numbers_join_no_two_documents():
     # Turns are numbered inside their document, so that 1 may meet 1 where two documents touch.
     assert rows("p111|1111p", 3, "serving") == ["110011000"[:9], "100010000"[:9], "000000000"]
 
 
 @pytest.mark.parametrize("alignment", ["serving", "specforge"])
-def test_the_rows_of_a_packed_batch_equal_a_scan_of_every_document(alignment):
+def test_packed_positions_equal_a_scan_of_each_document(alignment):
     rng = np.random.default_rng(0)
     layout = ["".join(rng.choice(list("p11112||"), 40)) for _ in range(40)]
     layout = [row.replace("|", "", row.count("|") - 5)[-30:].strip("|") for row in layout]

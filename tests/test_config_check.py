@@ -110,7 +110,7 @@ def test_two_rotary_embeddings_in_any_spelling_say_the_same(expected, found):
 
 
 @pytest.mark.parametrize("place", ["top", "parameters"])
-def test_a_partial_rotary_embedding_is_compared_wherever_it_stands(place):
+def test_a_partial_rotary_factor_is_compared_everywhere(place):
     partial = {"partial_rotary_factor": 0.5}
     found = {"rope_theta": 1e4, **partial}
     found = found if place == "top" else {"rope_parameters": found}

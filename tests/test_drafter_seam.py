@@ -114,7 +114,7 @@ def dense_loss(head, frozen, batch):
     return (jnp.stack(losses) * jnp.asarray(weights)).sum() / sum(weights)
 
 
-def test_a_block_drafters_loss_and_gradient_equal_a_dense_computation(problem):
+def test_a_block_drafters_gradient_equals_a_dense_one(problem):
     head, frozen, batch = problem
     built = programs()
     outputs = built.target(frozen, batch)
@@ -129,7 +129,7 @@ def test_a_block_drafters_loss_and_gradient_equal_a_dense_computation(problem):
 
 
 @pytest.mark.parametrize("opt_type", ["adamw", "muon"])
-def test_a_block_drafter_takes_the_same_step_on_two_devices_as_on_one(problem, opt_type):
+def test_a_block_drafter_steps_alike_on_one_and_two_devices(problem, opt_type):
     head, frozen, batch = problem
     results = []
     for devices in (1, 2):
@@ -154,7 +154,7 @@ def test_a_mask_tokens_embedding_reaches_the_drafts(problem):
     assert abs(float(built.draft(head, moved, batch, outputs)[0] - before)) > 1e-3
 
 
-def test_a_drafter_is_found_by_its_kind_and_an_unknown_one_is_told():
+def test_a_drafter_is_found_by_its_kind():
     assert registry.drafter_class("eagle3").kind == "eagle3"
     with pytest.raises(DrafterError, match="drafter=eagle4 is not known; known: eagle3"):
         registry.drafter_class("eagle4")

@@ -128,7 +128,7 @@ def test_steps_without_a_row_count_nothing_and_stay_finite():
     assert not weights[2:].any()
 
 
-def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
+def test_sim_accept_length_is_a_mean_over_chains():
     cond_acc = [0.9, 0.5, 0.25, 0.8]
     reached = 1000.0
     sums = {name: np.ones(K) for name in metrics.SUMS}
@@ -144,7 +144,7 @@ def test_sim_accept_length_is_the_mean_of_all_chains_of_that_accuracy():
     assert metrics.finish(sums, 0.8)["sim_accept_length"] == pytest.approx(expected)
 
 
-def test_sim_accept_length_is_the_mean_chain_of_the_rows_where_all_steps_are_aligned():
+def test_sim_accept_length_is_the_mean_chain_of_positions():
     rng = np.random.default_rng(0)
     rows = random_rows()
     rows.loss_mask[:] = rows.in_vocab_loss_mask[:] = True
@@ -161,9 +161,7 @@ def test_sim_accept_length_is_the_mean_chain_of_the_rows_where_all_steps_are_ali
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("block", [1, 4, 50])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_the_teacher_over_the_full_vocabulary_equals_dense_logits_where_it_is_wanted(
-    tied, block, share
-):
+def test_the_full_vocabulary_teacher_equals_dense_logits(tied, block, share):
     rng = np.random.default_rng(0)
     last = rng.normal(size=(2, 11, 8)).astype(np.float32)
     weight = rng.normal(size=(8, 37)).astype(np.float32)
@@ -182,7 +180,7 @@ def test_the_teacher_over_the_full_vocabulary_equals_dense_logits_where_it_is_wa
     np.testing.assert_array_equal(decoder.teacher_lm_head(params, chosen), weight[:, [3, 4, 30]])
 
 
-def test_a_uniform_head_over_the_whole_vocabulary_has_loss_log_v_and_the_overlap_with_1_over_v():
+def test_a_uniform_head_has_loss_log_v():
     given = reference.make_problem(["p111111111"] * 2, draft_vocabulary=11)
     H = given.teacher.lm_head.shape[1]
     given.params["lm_head.weight"] = np.zeros((11, H))
@@ -194,7 +192,7 @@ def test_a_uniform_head_over_the_whole_vocabulary_has_loss_log_v_and_the_overlap
         assert ours.rows.loss[0, b, i] == pytest.approx(np.log(11), rel=1e-5)
 
 
-def test_alpha_takes_the_targets_probabilities_over_all_tokens_not_renormalised():
+def test_alpha_takes_probabilities_over_all_tokens():
     given = reference.make_problem(["p111111111"] * 2)
     given.params["lm_head.weight"] = np.zeros_like(given.params["lm_head.weight"])
     ours = harness.run(given, 1, gradients=False)
@@ -227,7 +225,7 @@ def test_the_loss_is_logsumexp_minus_the_expected_logit():
         assert ours.rows.loss[0, 0, i] == pytest.approx(np.log(np.exp(z).sum()) - p @ z, rel=1e-4)
 
 
-def test_rows_whose_teacher_is_outside_the_vocabulary_are_found_at_the_teachers_position():
+def test_teacher_in_vocab_looks_at_the_teachers_position():
     best = jnp.asarray([[4, 0, 1, 4, 2]])
     inside = jnp.asarray([True, True, True, False, False])
     found = alignment.teacher_in_vocab(best, inside, 2)
@@ -295,7 +293,7 @@ def plain_loss(given, loss, stopped=None):
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
-def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
+def test_each_loss_equals_its_formula_and_differences(loss):
     given = loss_problem()
     given["best"][:3] = (given["hidden"][0, :3] @ given["lm_head"]).argmax(-1)
     (total, rows), gradients = fused_loss(given, loss)
@@ -322,7 +320,7 @@ def test_each_loss_equals_its_formula_and_its_gradient_finite_differences(loss):
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
-def test_a_row_that_does_not_count_has_no_gradient_however_wrong_it_and_its_teacher_are(loss):
+def test_a_position_without_weight_has_no_gradient(loss):
     given = loss_problem(steps=1)
     given["weights"][:, 2] = 0.0
     given["hidden"][:, 2] = 1e30
@@ -334,7 +332,7 @@ def test_a_row_that_does_not_count_has_no_gradient_however_wrong_it_and_its_teac
     assert not np.asarray(d_hidden[:, 2]).any()
 
 
-def test_lk_hybrid_goes_from_the_cross_entropy_to_one_minus_alpha_as_alpha_rises():
+def test_lk_hybrid_moves_from_kl_to_acceptance():
     given = loss_problem()
     _, kl, alphas = plain_loss(given, "kl")
     hybrid = np.asarray(fused_loss(given, "lk_hybrid")[0][1].loss)

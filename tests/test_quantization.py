@@ -227,7 +227,7 @@ def test_a_scale_of_another_shape_is_an_error(tmp_path, shape):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_where_a_scale_fits_outputs_and_blocks_config_json_decides(tmp_path, keep):
+def test_config_json_decides_where_a_scale_fits_twice(tmp_path, keep):
     """[2, 256] in blocks of 128: two scales, of halves of the inputs, that are as many as rows."""
     values, scale = fp8_values(2, 256), scales(1, 2)
     whole = {"w": values, "w_scale_inv": scale}

@@ -222,7 +222,7 @@ def test_two_declarations_that_differ_are_refused_by_name(tmp_path):
         read_quantization(tmp_path)
 
 
-def test_a_file_of_modelopt_for_the_cache_alone_quantizes_no_weight():
+def test_a_modelopt_file_for_the_cache_quantizes_no_weight():
     file = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
     assert quantization_of({}, {"hf_quant_config.json": file}) is None
 

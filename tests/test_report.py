@@ -36,7 +36,7 @@ RESULT = {
 }
 
 
-def test_the_report_tells_the_settings_and_numbers_of_its_evaluation():
+def test_the_report_tells_its_evaluation():
     text = report.of_result(json.loads(json.dumps(RESULT)))
     for part in (
         "accept_length 2.50 tokens per verify step, greedy, 5 draft steps, 8 held-out prompts",

@@ -87,7 +87,7 @@ def test_gradients_of_all_parameters_equal_autograd(make, steps):
         assert error < TOLERANCE, (switches, name, error)
 
 
-def test_gradients_equal_finite_differences_along_random_directions():
+def test_gradients_equal_finite_differences():
     # One random direction through all entries of a parameter: a wrong entry shows in the product.
     given, steps, switches = problem(), 3, ("serving", "supervised")
     ours = harness.run(given, steps, *switches)
@@ -160,7 +160,7 @@ def test_a_document_has_the_same_losses_alone_and_behind_another():
             np.testing.assert_allclose(mine[at], theirs[at], rtol=1e-4)
 
 
-def test_twice_the_padding_gives_the_same_metrics_total_and_gradients():
+def test_padding_changes_no_metric_loss_or_gradient():
     short = harness.run(packed_elsewhere(problem(), ALONE, 23), 1)
     long = harness.run(packed_elsewhere(problem(), ALONE, 46), 1)
     assert short.total == pytest.approx(long.total, rel=1e-5)
@@ -169,7 +169,7 @@ def test_twice_the_padding_gives_the_same_metrics_total_and_gradients():
     assert harness.worst_gradient(long.gradients, short.gradients)[1] < 1e-5
 
 
-def test_a_row_reads_the_tokens_after_it_its_chain_and_the_prefix_and_nothing_else():
+def test_a_position_reads_its_prefix_and_chain_alone():
     # One document of n tokens. What x[t] may change is worked out from the text: it enters the
     # step-0 key of row t-1, which rows >= t-1 see at all steps, and the chain of row i at step
     # t-1-i. A feature enters at its own row's start and through its step-0 key.
@@ -199,7 +199,7 @@ def test_a_row_reads_the_tokens_after_it_its_chain_and_the_prefix_and_nothing_el
                 assert changed == (i >= t), ("feature", t, k, i)
 
 
-def test_unshifted_tokens_or_a_mask_that_is_shifted_otherwise_would_be_noticed():
+def test_a_wrong_shift_would_be_noticed():
     # The layouts tell the right version from the well-known wrong ones by far more than rounding.
     given, steps = problem(), 3
     right = reference.total_loss(reference.rollout(given, steps))
@@ -211,7 +211,7 @@ def test_unshifted_tokens_or_a_mask_that_is_shifted_otherwise_would_be_noticed()
     assert abs(harness.run(given, steps).total - right) < TOLERANCE * right
 
 
-def test_a_teacher_argmax_outside_the_draft_vocabulary_is_wrong_but_not_trained_on():
+def test_an_undraftable_argmax_is_wrong_but_not_trained():
     given = problem()
     inside = given.d2t + np.arange(len(given.d2t))
     outside = np.setdiff1d(np.arange(11), inside)

@@ -228,7 +228,7 @@ def test_a_single_file_that_differs_from_its_shards_is_refused(tmp_path, change,
     assert "remove whichever is out of date" in str(error.value)
 
 
-def test_an_index_whose_shards_are_gone_is_told_from_the_whole_file(tmp_path):
+def test_an_index_without_its_shards_names_them(tmp_path):
     save_shards(tmp_path)
     save_file(TENSORS, tmp_path / SINGLE)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()

@@ -92,7 +92,7 @@ def step_on(layout, devices=8):
 @pytest.mark.slow
 @needs_eight
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_gradients_on_eight_devices_equal_those_on_one(layout):
+def test_eight_devices_have_the_gradients_of_one(layout):
     # Moments are linear and quadratic in the gradient: they compare gradients without a division.
     expected = step_on((1, 1, 1, 1), devices=1)
     assert (expected[2]["in_vocab_positions"] > 0).all()
@@ -144,7 +144,7 @@ def test_constrain_is_the_identity_where_no_rules_are_active():
 
 
 @needs_eight
-def test_a_dimension_that_the_devices_do_not_divide_is_an_error_naming_parameter_and_axis():
+def test_an_indivisible_dimension_names_parameter_and_axis():
     mesh = sharding.make_mesh(AXES, (1, 8, 1, 1), (1, 1, 1, 1))
     table = {"mlp": {"up": Param((12, 8), ("target_embed", "target_mlp"), "up")}}
     with pytest.raises(ShardingError, match=r"mlp/up.*\(12, 8\).*12 cannot.* 8 devices.*fsdp"):
@@ -152,7 +152,7 @@ def test_a_dimension_that_the_devices_do_not_divide_is_an_error_naming_parameter
 
 
 @needs_eight
-def test_features_are_right_where_more_devices_than_key_heads_share_a_layer():
+def test_more_devices_than_key_heads_give_the_same_outputs():
     # 2 key/value heads of size 4 make 8 columns, which 8 devices can share though the heads cannot.
     dims = models.llama(V, 16, 32, 4, 8, 2, 4, ROPE)
     table = decoder_params(dims, CAPTURE, jnp.float32)
@@ -177,12 +177,12 @@ def test_one_open_parallelism_takes_what_remains():
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (4, 4, 1), (16, -1, 1), (-1, -1, 1)])
-def test_parallelism_that_does_not_multiply_to_the_devices_is_an_error_with_the_numbers(sizes):
+def test_a_wrong_product_of_parallelism_names_the_numbers(sizes):
     with pytest.raises(ShardingError, match=r"ici_\*_parallelism.*8 devices"):
         sharding.fill_parallelism(sizes, 8, "ici")
 
 
-def test_a_mesh_axis_on_two_dimensions_of_an_array_is_an_error_naming_it():
+def test_a_mesh_axis_on_two_dimensions_is_an_error():
     mesh = sharding.make_mesh(AXES, (-1, 1, 1, 1), (1, 1, 1, 1))
     rules = [["a", ["data", "fsdp"]], ["b", ["fsdp"]]]
     with pytest.raises(ShardingError, match=r"'fsdp'.*two dimensions"):

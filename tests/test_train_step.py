@@ -78,7 +78,7 @@ def close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("denominator", ["supervised", "specforge"])
-def test_accumulation_changes_nothing_because_counts_are_pooled_before_dividing(denominator):
+def test_accumulation_changes_no_gradient(denominator):
     built = programs(config(f"loss_denominator={denominator}"))
     results = []
     for micro_batches in (1, 2, 4):
@@ -144,7 +144,7 @@ def test_the_update_is_adamw_behind_a_global_norm_clip():
         np.testing.assert_allclose(new - old, -0.01 * step, rtol=2e-3, atol=2e-7)
 
 
-def test_muon_turns_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+def test_muon_takes_matrices_and_adamw_the_rest():
     built = programs(config("opt_type=muon", "gradient_clipping_threshold=0"))
     before = jax.device_get(random_head(HEAD))
     state, _ = built.train(built.initialize(random_head(HEAD)), frozen(), split(rows(), 2))
@@ -229,7 +229,7 @@ def test_the_kernels_give_the_same_step(monkeypatch, interpreted_kernels):
         close(steps[0], other)
 
 
-def test_bfloat16_gives_the_gradient_of_float32_within_its_rounding():
+def test_bfloat16_has_float32s_gradient_within_rounding():
     # 8 bits a number, over a dozen roundings in a row: some percent.
     gradients = []
     for dtype in ("float32", "bfloat16"):
@@ -257,7 +257,7 @@ def test_pallas_without_a_tpu_or_gpu_suggests_blockwise(platform):
     assert run_spec.attention_kernel(right, mesh) == platform
 
 
-def test_no_intermediate_holds_every_logit_or_every_attention_score():
+def test_no_intermediate_holds_all_logits_or_scores():
     # [T, V], [T, D] and [T, T] must not exist for a whole row: blocks of 8 positions only.
     built = programs(config("rollout_block_size=8"))
     batch = split(rows(), 1)
