@@ -19,7 +19,7 @@ from MaxDraft.layers.attention import (
     slots_up_to,
     write_slots,
 )
-from MaxDraft.layers.attention_keys import PLAIN, Keys, Scoring
+from MaxDraft.layers.attention_keys import PLAIN, KeyValueBlocks, Scoring
 
 TOLERANCE = 1e-5
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4 + [0] * 2, [1] * 18])  # [B, T]
@@ -84,7 +84,7 @@ ROWS = jnp.broadcast_to(jnp.arange(SEGMENTS.shape[1]), SEGMENTS.shape)
 def attended(q, k, v, own, block, kernel, gradients=None):
     """Every row as the rollout attends: step-0 keys, then its own [B, T, J, M, d]; gradients."""
     first = document_starts(jnp.asarray(SEGMENTS))
-    keys = Keys.from_arrays(k, v, block_for(kernel, block), kernel=kernel)
+    keys = KeyValueBlocks.from_arrays(k, v, block_for(kernel, block), kernel=kernel)
     out, logsumexp, gradients = interval_attention(q, keys, gradients, first, ROWS)
     if own:
         out = merge_own_keys(out, logsumexp, q, *(jnp.moveaxis(x, 2, 0) for x in own))
@@ -132,7 +132,7 @@ def test_gradients_equal_dense_attention_in_float64(own_keys, block, num_kv_head
 
     q, k, v, *own = narrow(arrays)
 
-    zeros = Keys.from_arrays(k, v, block_for(kernel, block), kernel=kernel).zeros()
+    zeros = KeyValueBlocks.from_arrays(k, v, block_for(kernel, block), kernel=kernel).zeros()
     _, pull_back = jax.vjp(
         lambda *args: attended(args[0], k, v, args[1], block, kernel, args[2]), q, own, zeros
     )
@@ -211,7 +211,7 @@ def test_queries_in_any_order_see_their_interval_only(block, kernel):
         first + rng.integers(-3, 9, (1, R)), T - 1
     )  # there are queries that see nothing
     assert (last < first).any()
-    keys = Keys.from_arrays(*narrow([k, v]), block_for(kernel, block), kernel=kernel)
+    keys = KeyValueBlocks.from_arrays(*narrow([k, v]), block_for(kernel, block), kernel=kernel)
     out, logsumexp, _ = interval_attention(*narrow([q]), keys, None, first, last)
     for i, n in np.ndindex(R, N):
         visible = np.s_[0, first[0, i] : last[0, i] + 1, n // 2]
@@ -229,13 +229,13 @@ def test_queries_in_any_order_see_their_interval_only(block, kernel):
 @interpreted
 def test_blocks_of_queries_add_to_gradients_so_far(kernel):
     rng = np.random.default_rng(4)
-    R, T, d, dv = 200, 700, 20, 40  # several blocks of a GPU's 64 in one of Keys
+    R, T, d, dv = 200, 700, 20, 40  # several blocks of a GPU's 64 in one of ours
     q, k, v = narrow(rng.normal(size=(2, *shape)) for shape in ((R, 4, d), (T, 2, d), (T, 2, dv)))
     first = jnp.asarray(rng.integers(0, T, (2, R)))
     last = jnp.minimum(first + rng.integers(-5, 300, (2, R)), T - 1)
     results = []
     for name, block in (("xla", 64), (kernel, 256)):
-        keys = Keys.from_arrays(k, v, block, kernel=name)
+        keys = KeyValueBlocks.from_arrays(k, v, block, kernel=name)
         there = jax.tree.map(jnp.ones_like, keys.zeros())
         attend = jax.vjp(
             lambda q, g, keys=keys: interval_attention(q, keys, g, first, last), q, there
@@ -253,7 +253,7 @@ def test_blocks_a_gpu_cannot_divide_are_an_error():
     q, k = jnp.zeros((1, 4, 2, 16)), jnp.zeros((1, 200, 2, 16))
     rows = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="blocks of 100 keys"):
-        interval_attention(q, Keys.from_arrays(k, k, 100, kernel="gpu"), None, rows, rows)
+        interval_attention(q, KeyValueBlocks.from_arrays(k, k, 100, kernel="gpu"), None, rows, rows)
 
 
 @pytest.mark.parametrize(("group", "d", "dv"), [(1, 128, 128), (4, 64, 64), (16, 192, 128)])
@@ -282,7 +282,7 @@ def test_the_kernels_lower_for_their_device(kernel, platform, call, dtype, group
     assert len(re.findall(call, lowered)) == 3  # forward, queries, keys
 
     def of_intervals(q, k, v, first, last):
-        keys = Keys.from_arrays(k, v, 256, 600, kernel)
+        keys = KeyValueBlocks.from_arrays(k, v, 256, 600, kernel)
         _, pull_back = jax.vjp(
             lambda *x: interval_attention(*x, first, last), q, keys, keys.zeros()
         )

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from MaxDraft.drafts.checkpoint_format import CheckpointFormat
 from MaxDraft.errors import UserError
 from MaxDraft.layers.attention import document_starts
-from MaxDraft.layers.attention_keys import Keys
+from MaxDraft.layers.attention_keys import KeyValueBlocks
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets.dims import DecoderDims
 
@@ -179,12 +179,13 @@ class Drafter(abc.ABC):
         self,
         params: Tree,
         state: jax.Array,  # [R, H] of per_token, at the positions
-        keys: tuple[Keys, ...],  # of per_token, one a draft layer
-        d_keys: tuple[Keys, ...] | None,  # gradients so far, see attention.interval_attention
+        keys: tuple[KeyValueBlocks, ...],  # of per_token, one a draft layer
+        # gradients so far, see attention.interval_attention
+        d_keys: tuple[KeyValueBlocks, ...] | None,
         inputs: DraftInputs,
         positions: jax.Array,  # int [R] places in 0..L-1; -1: none
         num_steps: int,  # K
-    ) -> tuple[jax.Array, tuple[Keys, ...] | None]:
+    ) -> tuple[jax.Array, tuple[KeyValueBlocks, ...] | None]:
         """-> what the LM head is multiplied with [K, R, H], d_keys."""
 
     @property

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from MaxDraft.drafts.drafter import Drafter, DraftInputs
 from MaxDraft.drafts.losses import PositionResults, TeacherTargets, fused_linear_cross_entropy
-from MaxDraft.layers.attention_keys import Keys
+from MaxDraft.layers.attention_keys import KeyValueBlocks
 from MaxDraft.layers.loops import counted_loop
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.layers.params import Tree
@@ -141,9 +141,13 @@ def loss_and_gradient(
     return loss, gradient, results
 
 
-def _blocked_keys(keys_values, inputs: DraftInputs, config: RolloutConfig) -> tuple[Keys, ...]:
+def _blocked_keys(
+    keys_values, inputs: DraftInputs, config: RolloutConfig
+) -> tuple[KeyValueBlocks, ...]:
     return tuple(
-        Keys.from_arrays(k, v, config.attention_block, inputs.row_length, config.attention_kernel)
+        KeyValueBlocks.from_arrays(
+            k, v, config.attention_block, inputs.row_length, config.attention_kernel
+        )
         for k, v in keys_values
     )
 
@@ -158,13 +162,13 @@ def _block_loss(
     drafter: Drafter,
     params: Tree,
     state: jax.Array,  # [R, H]
-    keys: tuple[Keys, ...],
-    d_keys: tuple[Keys, ...] | None,  # so far, see attention.interval_attention
+    keys: tuple[KeyValueBlocks, ...],
+    d_keys: tuple[KeyValueBlocks, ...] | None,  # so far, see attention.interval_attention
     d_lm_head: jax.Array | None,  # so far, see losses.fused_linear_cross_entropy
     inputs: DraftInputs,
     supervision: Supervision,
     i: jax.Array,
-) -> tuple[jax.Array, tuple[PositionResults, jax.Array | None], tuple[Keys, ...] | None]:
+) -> tuple[jax.Array, tuple[PositionResults, jax.Array | None], tuple[KeyValueBlocks, ...] | None]:
     """Loss of block i, the results of its positions [K, R] with d_lm_head, and d_keys."""
     positions = supervision.blocks.positions(i)
     K, teacher = len(supervision.weights), supervision.teacher

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from MaxDraft.layers import attention_xla
-from MaxDraft.layers.attention_keys import MASKED, PLAIN, Keys, Scoring
+from MaxDraft.layers.attention_keys import MASKED, PLAIN, KeyValueBlocks, Scoring
 from MaxDraft.layers.experimental import attention_gpu, attention_tpu
 from MaxDraft.layers.norms import soft_cap
 from MaxDraft.sharding import active_rules, num_shards, partition_spec
@@ -113,7 +113,7 @@ def _packed_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _self_attention(q, k, v, first, last, block: int, scoring: Scoring, kernel: str):
     """-> out [B, T, N, dv], logsumexp float32 [B, T, N]; with gradients to q, k and v."""
-    keys = Keys.from_arrays(k, v, block, kernel=kernel)
+    keys = KeyValueBlocks.from_arrays(k, v, block, kernel=kernel)
     return IMPLEMENTATIONS[kernel].forward(q, keys, first, last, scoring)
 
 
@@ -124,7 +124,7 @@ def _self_attention_forward(q, k, v, first, last, block, scoring, kernel):
 
 def _self_attention_backward(block, scoring, kernel, residuals, cotangents):
     q, k, v, *rest = residuals
-    keys = Keys.from_arrays(k, v, block, kernel=kernel)
+    keys = KeyValueBlocks.from_arrays(k, v, block, kernel=kernel)
     d_q, d_keys = IMPLEMENTATIONS[kernel].backward(
         q, keys, *rest, *cotangents, keys.zeros(), scoring
     )
@@ -139,11 +139,11 @@ _self_attention.defvjp(_self_attention_forward, _self_attention_backward)
 @jax.custom_vjp
 def interval_attention(
     q: jax.Array,  # [B, R, N, d]
-    keys: Keys,
-    d_keys: Keys | None,  # float32; None: no gradients are wanted
+    keys: KeyValueBlocks,
+    d_keys: KeyValueBlocks | None,  # float32; None: no gradients are wanted
     first: jax.Array,  # int [B, R] a query sees the keys from this one
     last: jax.Array,  # int [B, R] to this one, itself included; below `first`: none
-) -> tuple[jax.Array, jax.Array, Keys | None]:
+) -> tuple[jax.Array, jax.Array, KeyValueBlocks | None]:
     """-> out [B, R, N, dv], logsumexp float32 [B, R, N], d_keys unchanged.
 
     Many calls read the same keys. So that each adds its part to their gradient in place, and none

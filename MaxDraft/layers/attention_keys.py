@@ -35,7 +35,7 @@ PLAIN = Scoring()
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class KeyValueBlocks:
     """Keys and values, or their gradients, laid out to be read a block at a time."""
 
     k: jax.Array  # [B, M, T', d], T' a multiple of the block
@@ -52,7 +52,7 @@ class Keys:
         block: int,
         reach: int | None = None,  # None: all of T
         kernel: str = "xla",
-    ) -> Keys:
+    ) -> KeyValueBlocks:
         """Lays keys and values out in blocks; T is padded with zeros to a multiple of the block."""
         reach = k.shape[1] if reach is None else reach
         if kernel == "xla":  # the blocks of a kernel are as wide as its device needs them
@@ -64,13 +64,13 @@ class Keys:
         """k [B, T, M, d] and v [B, T, M, dv] without the padding; length: T."""
         return jnp.swapaxes(self.k, 1, 2)[:, :length], jnp.swapaxes(self.v, 1, 2)[:, :length]
 
-    def zeros(self) -> Keys:
+    def zeros(self) -> KeyValueBlocks:
         """float32 zeros to which gradients are added."""
         zeros = (jnp.zeros(x.shape, jnp.float32) for x in (self.k, self.v))
         return dataclasses.replace(self, **dict(zip("kv", zeros, strict=True)))
 
 
-def expected_key_blocks(keys: Keys, queries: int, scoring: Scoring) -> float:
+def expected_key_blocks(keys: KeyValueBlocks, queries: int, scoring: Scoring) -> float:
     """Blocks of keys that a block of queries sees, on average over rows of one long document each.
 
     queries: neighbouring queries in a block.

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from MaxDraft.layers.attention_keys import (
     INITIAL_MAXIMUM,
     MASKED,
-    Keys,
+    KeyValueBlocks,
     Scoring,
     expected_key_blocks,
     pad_to_multiple,
@@ -42,7 +42,7 @@ from MaxDraft.layers.norms import soft_cap
 
 def forward(
     q: jax.Array,  # [B, R, N, d]
-    keys: Keys,
+    keys: KeyValueBlocks,
     first: jax.Array,  # int [B, R]
     last: jax.Array,  # int [B, R]
     scoring: Scoring,
@@ -80,8 +80,17 @@ def forward(
 
 
 def backward(
-    q, keys: Keys, first, last, out, logsumexp, d_out, d_logsumexp, d_keys: Keys, scoring: Scoring
-) -> tuple[jax.Array, Keys]:
+    q,
+    keys: KeyValueBlocks,
+    first,
+    last,
+    out,
+    logsumexp,
+    d_out,
+    d_logsumexp,
+    d_keys: KeyValueBlocks,
+    scoring: Scoring,
+) -> tuple[jax.Array, KeyValueBlocks]:
     """-> gradient to q; d_keys, to which the gradients to keys and values are added."""
     layout = _QueryBlocks.from_shapes(q, keys)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_logsumexp
@@ -128,7 +137,7 @@ def backward(
 class _VisibleKeys:
     """The blocks of keys that some query of one block sees."""
 
-    keys: Keys
+    keys: KeyValueBlocks
     first: jax.Array  # int [B, r]
     last: jax.Array  # int [B, r]
     queries: int  # b neighbouring queries; r counts each once for every head of its group
@@ -173,7 +182,7 @@ class _QueryBlocks:
     size: int  # b
 
     @classmethod
-    def from_shapes(cls, q: jax.Array, keys: Keys) -> _QueryBlocks:
+    def from_shapes(cls, q: jax.Array, keys: KeyValueBlocks) -> _QueryBlocks:
         num_kv_heads = keys.k.shape[1]
         size = min(keys.block, q.shape[1])
         return cls(q.shape[1], num_kv_heads, q.shape[2] // num_kv_heads, size)

@@ -17,7 +17,7 @@ from MaxDraft.drafts.eagle3 import decoding, flops, head, rollout
 from MaxDraft.drafts.eagle3 import dims as dimensions
 from MaxDraft.drafts.eagle3.checkpoint_format import Eagle3Format
 from MaxDraft.drafts.eagle3.dims import HeadDims
-from MaxDraft.layers.attention_keys import Keys
+from MaxDraft.layers.attention_keys import KeyValueBlocks
 from MaxDraft.layers.params import Tree
 from MaxDraft.targets.dims import DecoderDims
 
@@ -88,12 +88,12 @@ class Eagle3(Drafter):
         self,
         params: Tree,
         state: jax.Array,
-        keys: tuple[Keys, ...],
-        d_keys: tuple[Keys, ...] | None,
+        keys: tuple[KeyValueBlocks, ...],
+        d_keys: tuple[KeyValueBlocks, ...] | None,
         inputs: DraftInputs,
         positions: jax.Array,
         num_steps: int,
-    ) -> tuple[jax.Array, tuple[Keys, ...] | None]:
+    ) -> tuple[jax.Array, tuple[KeyValueBlocks, ...] | None]:
         d_layer = None if d_keys is None else d_keys[0]
         states, d_layer = rollout.rollout(
             params, self.dims, state, keys[0], d_layer, inputs, positions, num_steps

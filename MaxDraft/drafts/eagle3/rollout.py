@@ -23,7 +23,7 @@ from MaxDraft.drafts.drafter import DraftInputs
 from MaxDraft.drafts.eagle3 import head
 from MaxDraft.drafts.eagle3.dims import HeadDims
 from MaxDraft.layers.attention import interval_attention, merge_own_keys
-from MaxDraft.layers.attention_keys import Keys
+from MaxDraft.layers.attention_keys import KeyValueBlocks
 from MaxDraft.layers.params import Tree
 
 
@@ -40,12 +40,12 @@ def rollout(
     params: Tree,
     dims: HeadDims,
     state: jax.Array,  # [R, H] of step_0_keys_values, at the positions
-    keys: Keys,  # of step_0_keys_values
-    d_keys: Keys | None,  # gradient of the keys so far, see interval_attention
+    keys: KeyValueBlocks,  # of step_0_keys_values
+    d_keys: KeyValueBlocks | None,  # gradient of the keys so far, see interval_attention
     inputs: DraftInputs,
     positions: jax.Array,  # int [R] places in 0..L-1; -1: none
     num_steps: int,  # K
-) -> tuple[jax.Array, Keys | None]:
+) -> tuple[jax.Array, KeyValueBlocks | None]:
     """-> the head's output states [K, R, H], d_keys."""
     starts = jnp.where(positions < 0, 0, inputs.document_starts[positions])[None]
     rotary_positions = inputs.positions[positions][None]
@@ -72,6 +72,6 @@ def rollout_everywhere(
     """-> [K, L, H]: the rollout of every position, whether it would be trained or not."""
     state, k, v = step_0_keys_values(params, dims, inputs)
     positions = jnp.arange(len(state), dtype=jnp.int32)
-    keys = Keys.from_arrays(k, v, block, inputs.row_length)
+    keys = KeyValueBlocks.from_arrays(k, v, block, inputs.row_length)
     states, _ = rollout(params, dims, state, keys, None, inputs, positions, num_steps)
     return states

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from MaxDraft.layers.attention_keys import (
     INITIAL_MAXIMUM,
-    Keys,
+    KeyValueBlocks,
     Scoring,
     pad_to_multiple,
     softcap_slope,
@@ -34,7 +34,7 @@ from MaxDraft.layers.loops import counted_loop
 
 def forward(
     q: jax.Array,  # [B, R, N, d]
-    keys: Keys,
+    keys: KeyValueBlocks,
     first: jax.Array,  # int [B, R]
     last: jax.Array,  # int [B, R]
     scoring: Scoring,
@@ -93,18 +93,18 @@ def forward(
 
 def backward(
     q,
-    keys: Keys,
+    keys: KeyValueBlocks,
     first,
     last,
     out,
     logsumexp,
     d_out,
     d_logsumexp,
-    d_keys: Keys,
+    d_keys: KeyValueBlocks,
     scoring: Scoring,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, Keys]:
+) -> tuple[jax.Array, KeyValueBlocks]:
     """-> gradient to q; d_keys, to which the gradients to keys and values are added."""
     blocks = QueryBlocks.from_arrays(q, keys, first, last, scoring, interpret)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_logsumexp
@@ -161,7 +161,7 @@ def _query_gradient(blocks: QueryBlocks, saved: _Saved) -> jax.Array:
     return d_q
 
 
-def _key_gradients(blocks: QueryBlocks, saved: _Saved, d_keys: Keys) -> Keys:
+def _key_gradients(blocks: QueryBlocks, saved: _Saved, d_keys: KeyValueBlocks) -> KeyValueBlocks:
     """-> d_keys with the gradients of these queries added, for every block of keys they see."""
     b, group = blocks.size, blocks.group
     wide, wide_v = blocks.k.shape[-1], blocks.v.shape[-1]

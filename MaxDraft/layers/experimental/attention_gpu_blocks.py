@@ -1,8 +1,8 @@
 """Blocks of queries over the blocks of keys that they see, as grids of GPU kernels.
 
-Blocks are of 64 queries and keys at most, whatever `Keys` has. Widths that are no power of two are
-padded at every call, those of the keys' gradients too, by copies. Products of float32 are computed
-in float32, not in TF32.
+Blocks are of 64 queries and keys at most, whatever `KeyValueBlocks` has. Widths that are no power
+of two are padded at every call, those of the keys' gradients too, by copies. Products of float32
+are computed in float32, not in TF32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from MaxDraft.layers.attention_keys import (
     MASKED,
-    Keys,
+    KeyValueBlocks,
     Scoring,
     expected_key_blocks,
     pad_to_multiple,
@@ -51,7 +51,7 @@ class QueryBlocks:
 
     @classmethod
     def from_arrays(
-        cls, q, keys: Keys, first, last, scoring: Scoring, interpret: bool
+        cls, q, keys: KeyValueBlocks, first, last, scoring: Scoring, interpret: bool
     ) -> QueryBlocks:
         """Raises ValueError where the blocks of `keys` are no multiple of a power of two."""
         k, v = (pad_to_multiple(x, 3, _power_of_two(x.shape[-1])) for x in (keys.k, keys.v))

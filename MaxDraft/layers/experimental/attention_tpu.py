@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from MaxDraft.layers.attention_keys import INITIAL_MAXIMUM, Keys, Scoring, softcap_slope
+from MaxDraft.layers.attention_keys import INITIAL_MAXIMUM, KeyValueBlocks, Scoring, softcap_slope
 from MaxDraft.layers.experimental.attention_tpu_blocks import (
     LANES,
     SUBLANES,
@@ -33,7 +33,7 @@ from MaxDraft.layers.experimental.attention_tpu_blocks import (
 
 def forward(
     q: jax.Array,  # [B, R, N, d]
-    keys: Keys,
+    keys: KeyValueBlocks,
     first: jax.Array,  # int [B, R]
     last: jax.Array,  # int [B, R]
     scoring: Scoring,
@@ -88,18 +88,18 @@ def forward(
 
 def backward(
     q,
-    keys: Keys,
+    keys: KeyValueBlocks,
     first,
     last,
     out,
     logsumexp,
     d_out,
     d_logsumexp,
-    d_keys: Keys,
+    d_keys: KeyValueBlocks,
     scoring: Scoring,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, Keys]:
+) -> tuple[jax.Array, KeyValueBlocks]:
     """-> gradient to q; d_keys, to which the gradients to keys and values are added."""
     blocks = QueryBlocks.from_arrays(q, keys, first, last, scoring, interpret)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_logsumexp
@@ -163,7 +163,7 @@ def _query_gradient(blocks: QueryBlocks, saved: _Saved) -> jax.Array:
     return d_q
 
 
-def _key_gradients(blocks: QueryBlocks, saved: _Saved, d_keys: Keys) -> Keys:
+def _key_gradients(blocks: QueryBlocks, saved: _Saved, d_keys: KeyValueBlocks) -> KeyValueBlocks:
     """-> d_keys with the gradients of these queries added, for every block of keys they see."""
     keys, d, dv = blocks.keys, saved.q.shape[-1], saved.d_out.shape[-1]
 

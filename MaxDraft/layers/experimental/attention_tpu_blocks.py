@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from MaxDraft.layers.attention_keys import (
     MASKED,
-    Keys,
+    KeyValueBlocks,
     Scoring,
     expected_key_blocks,
     pad_to_multiple,
@@ -37,7 +37,7 @@ class QueryBlocks:
     num_queries: int  # R
     group: int  # G
     size: int  # b
-    keys: Keys
+    keys: KeyValueBlocks
     scoring: Scoring
     first: jax.Array  # int32 [B, I, r]
     last: jax.Array  # int32 [B, I, r]
@@ -47,7 +47,7 @@ class QueryBlocks:
 
     @classmethod
     def from_arrays(
-        cls, q, keys: Keys, first, last, scoring: Scoring, interpret: bool
+        cls, q, keys: KeyValueBlocks, first, last, scoring: Scoring, interpret: bool
     ) -> QueryBlocks:
         group, size = q.shape[2] // keys.k.shape[1], keys.block
         while group * size > _MAX_QUERIES and size % (2 * SUBLANES) == 0:
