@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Makes .venv with everything MaxDraft needs. A second call with nothing changed returns at once.
-#   bash setup.sh                    CPU
+#   bash setup.sh                    CPU, or the device of the setup before
+#   DEVICE=cpu bash setup.sh         CPU again
 #   DEVICE=tpu bash setup.sh         a TPU host
 #   DEVICE=cuda bash setup.sh        an NVIDIA GPU (CUDA 13 driver)
 #   PYTHON=python3.12 bash setup.sh  another interpreter than python3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-device=${DEVICE:-cpu}
+stamp=.venv/maxdraft-setup
+# Without DEVICE the device of the last setup stays: the README's commands begin with a plain call.
+device=${DEVICE:-$(cut -d ' ' -f 1 "$stamp" 2>/dev/null | head -n 1)}
+device=${device:-cpu}
 python=${PYTHON:-python3}
 case $device in
   cpu) jax='jax' ;;
@@ -24,7 +28,6 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 2
 fi
 
-stamp=.venv/maxdraft-setup
 want="$device $("$python" -V) $(cat requirements.txt)"
 if [ -x .venv/bin/python3 ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then
   exit 0

@@ -80,7 +80,7 @@ def compile_and_count(step: SyntheticStep) -> tuple[Any, Result]:
         "model_flops": step_cost.model_flops(
             step.target,
             step.spec.drafter,
-            config.ttt_length,
+            step.spec.num_steps,
             document_lengths(step.batch["segment_ids"]),
             result["supervised_positions"],
         ),

@@ -30,7 +30,7 @@ def say(text: str) -> None:
 class MetricLogger:
     """Pools the sums of training steps; prints and writes them at every flush().
 
-    decay: weight of step k of the rollout's loss is decay ** k. start_step: optimizer steps done
+    step_weights: see drafts.metrics.finish. start_step: optimizer steps done
     before; records of later ones, left by a run that was killed, are removed. flops_per_token:
     model FLOPs. write: whether this process writes files at all; the main process does.
     """
@@ -41,14 +41,14 @@ class MetricLogger:
         *,
         metrics_file: str,
         tensorboard: bool,
-        decay: float,
+        step_weights: np.ndarray,
         start_step: int,
         total_steps: int,
         flops_per_token: float,
         num_devices: int,
         write: bool,
     ):
-        self._decay, self._total_steps = decay, total_steps
+        self._step_weights, self._total_steps = step_weights, total_steps
         self._num_devices, self._flops_per_token = num_devices, flops_per_token
         self._pending: list[tuple[int, Mapping[str, np.ndarray]]] = []
         self._since = time.monotonic()
@@ -79,7 +79,7 @@ class MetricLogger:
         last = self._pending[-1][1]
         tokens = int(np.sum([fetched["tokens"] for _, fetched in self._pending]))
         per_second = tokens / seconds / self._num_devices
-        record = metrics.finish(pooled, self._decay) | {
+        record = metrics.finish(pooled, self._step_weights) | {
             "learning_rate": float(last["learning_rate"]),
             "gradient_norm": float(last["gradient_norm"]),
             "tokens_per_second_per_device": per_second,

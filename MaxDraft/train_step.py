@@ -4,11 +4,12 @@
     loss_and_gradient  on each device its own tokens: masks, drafts, loss, gradient      (drafts/)
     update             clip, AdamW or Muon, schedule; float32 masters and moments         (optax)
 
-Dividing each draft step's loss by the supervised positions of all micro-batches and devices needs
-the target's argmax everywhere before the first gradient. So the target runs first, over all of
-them. The target is split as XLA sees fit from its weights' sharding; the drafter is not left to it:
-each device has the whole head and its own tokens, and all that devices exchange is counts and the
-gradient's sum. compile_step.py makes these functions programs: shardings, donation, options.
+The loss is divided by the number of supervised positions of the whole step, and that number depends
+on the target's argmax. So the target runs over all micro-batches first. XLA splits the target as
+its weights' shardings say. The drafter is not left to XLA: before its part the head's parameters
+and the target's LM-head columns are gathered, every device then works on its own tokens with the
+whole head, and what they exchange is counts and summed gradients. compile_step.py makes these
+functions programs: shardings, donation, options.
 
 A micro-batches, B rows, T tokens in a packed row, L = A * B * T / devices tokens of a device,
 K drafts of a position, D draft vocabulary, V vocabulary.
@@ -96,7 +97,7 @@ def train_step(
 
 
 def evaluation_step(spec: StepSpec, params: Tree, frozen: FrozenParams, batch: Batch) -> Metrics:
-    """The same sums without a gradient: drafts/metrics.py divides them."""
+    """The metric sums of train_step without gradient or update; metrics.finish divides them."""
     outputs = target_outputs(spec, frozen, batch)
 
     def on_device(batch, outputs, params, teacher):
@@ -117,7 +118,7 @@ def target_outputs(spec: StepSpec, frozen: FrozenParams, batch: Batch) -> Target
     def of_micro_batch(micro_batch: Batch) -> TargetOutputs:
         mask = loss_mask(spec, micro_batch)
         outputs = spec.source.outputs(frozen.source, micro_batch, alignment.teacher_mask(mask))
-        # From here on the batch is split over every device, whatever split the target.
+        # The target may be split differently; from here on the batch is split over all devices.
         return jax.tree.map(lambda x: constrain(x, "draft_batch", *(None,) * (x.ndim - 1)), outputs)
 
     return jax.lax.map(of_micro_batch, batch)
@@ -129,7 +130,7 @@ def loss_mask(spec: StepSpec, batch: Batch) -> jax.Array:
 
 
 def replicated_teacher(spec: StepSpec, frozen: FrozenParams) -> ReplicatedTeacher:
-    """The target's LM head over the draft vocabulary, that vocabulary's inverse, special tokens."""
+    """The target's LM-head columns of the draft vocabulary, target id -> draft id, and the rest."""
     ids = frozen.draft_to_target
     target_to_draft = jnp.full(spec.source.vocab_size, -1, jnp.int32)
     target_to_draft = target_to_draft.at[ids].set(jnp.arange(len(ids), dtype=jnp.int32))
@@ -146,7 +147,7 @@ def replicated_teacher(spec: StepSpec, frozen: FrozenParams) -> ReplicatedTeache
 def loss_and_gradient(
     spec: StepSpec, params: Tree, frozen: FrozenParams, batch: Batch, outputs: TargetOutputs
 ) -> tuple[jax.Array, Tree, Metrics]:
-    """-> the loss of all devices, its gradient where the parameters lie, metrics.sums."""
+    """-> loss summed over all devices, gradient sharded like the parameters, metrics.sums."""
     placement = param_shardings(spec)
 
     def on_device(batch, outputs, params, teacher):
@@ -170,7 +171,7 @@ def loss_and_gradient(
 def device_inputs(
     spec: StepSpec, batch: Batch, outputs: TargetOutputs, teacher: ReplicatedTeacher
 ) -> tuple[DraftInputs, Supervision, tuple[jax.Array, jax.Array]]:
-    """A device's micro-batches [A, b, T] laid end to end: L tokens.
+    """A device's micro-batches [A, b, T] flattened to [L].
 
     -> what the drafter reads, what supervises it, and (loss_mask, in_vocab_loss_mask) bool [K, L].
     """
@@ -200,7 +201,10 @@ def device_inputs(
 
 
 def on_every_device(spec: StepSpec, function: Callable, out_specs: Any) -> Callable:
-    """function(batch, outputs, params, teacher) on each device: its rows, the whole of the rest."""
+    """function(batch, outputs, params, teacher) in a shard_map over all mesh axes.
+
+    batch and outputs are split by rows, params and teacher are replicated.
+    """
     rows = sharding.named_sharding(spec.mesh, spec.rules, (None, "draft_batch", None)).spec
 
     def on_device(*args):
@@ -224,7 +228,11 @@ def update(
     loss: jax.Array,
     gradient: Tree,
 ) -> tuple[TrainState, Metrics]:
-    """-> new state, and the step's numbers. A step that is not finite changes its number only."""
+    """-> new state, and the step's numbers.
+
+    A step whose loss, gradient or new parameters are not finite leaves parameters and optimizer as
+    they are, and only advances `step`.
+    """
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     gradient_norm = optax.tree.norm(gradient)
     params = optax.apply_updates(state.params, updates)

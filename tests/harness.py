@@ -221,7 +221,7 @@ def run(
         loss_mask=loss_mask,
         in_vocab_loss_mask=in_vocab_loss_mask,
         sums=sums,
-        metrics=metrics.finish(sums, decay),
+        metrics=metrics.finish(sums, decay ** np.arange(steps)),
         total=float(total),
         gradients=named(table, gradient) if gradients else None,
     )

@@ -17,6 +17,7 @@ from MaxDraft.drafts.eagle3.drafter import Eagle3
 from MaxDraft.targets import decoder
 
 K, B, T = 4, 6, 30
+STEP_WEIGHTS = 0.8 ** np.arange(K)
 
 
 def random_rows(seed=0):
@@ -58,7 +59,7 @@ def loss_weights(counted, totals, decay=0.8):
 
 def test_metrics_equal_counting():
     rows = random_rows()
-    ours, expected = metrics.finish(sums_of(rows), 0.8), reference.metrics(rows)
+    ours, expected = metrics.finish(sums_of(rows), STEP_WEIGHTS), reference.metrics(rows)
     for name in ("acc", "cond_acc", "alpha", "sim_accept_length"):
         np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5)
     np.testing.assert_allclose(ours["loss_by_step"], expected["loss"], rtol=1e-5)
@@ -76,11 +77,13 @@ def test_metrics_equal_counting():
 def test_metrics_of_two_halves_pool_to_those_of_the_whole():
     rows = random_rows()
     parts = [sums_of(half(rows, part)) for part in (0, 1)]
-    pooled = metrics.finish({name: parts[0][name] + parts[1][name] for name in parts[0]}, 0.8)
-    whole = metrics.finish(sums_of(rows), 0.8)
+    pooled = metrics.finish(
+        {name: parts[0][name] + parts[1][name] for name in parts[0]}, STEP_WEIGHTS
+    )
+    whole = metrics.finish(sums_of(rows), STEP_WEIGHTS)
     for name, value in whole.items():
         np.testing.assert_allclose(pooled[name], value, rtol=1e-5)
-    averaged = np.mean([metrics.finish(part, 0.8)["acc"] for part in parts], axis=0)
+    averaged = np.mean([metrics.finish(part, STEP_WEIGHTS)["acc"] for part in parts], axis=0)
     assert np.abs(averaged - whole["acc"]).max() > 1e-3  # dividing first reads otherwise
 
 
@@ -119,7 +122,7 @@ def test_steps_without_a_row_count_nothing_and_stay_finite():
     rows = random_rows()
     for name in ("loss_mask", "in_vocab_loss_mask", "correct"):
         getattr(rows, name)[2:] = False
-    ours = metrics.finish(sums_of(rows), 0.8)
+    ours = metrics.finish(sums_of(rows), STEP_WEIGHTS)
     assert ours["acc"][2:] == ours["alpha"][2:] == ours["loss_by_step"][2:] == [0.0, 0.0]
     weights = loss_weights(
         rows.in_vocab_loss_mask, jnp.asarray(rows.in_vocab_loss_mask.sum((1, 2)), jnp.float32)
@@ -141,7 +144,7 @@ def test_sim_accept_length_is_a_mean_over_chains():
         chance = np.prod([a if hit else 1 - a for hit, a in zip(hits, cond_acc, strict=True)])
         accepted = hits.index(0) if 0 in hits else K  # the chain ends at its first miss
         expected += chance * (1 + accepted)  # and the target's own token follows
-    assert metrics.finish(sums, 0.8)["sim_accept_length"] == pytest.approx(expected)
+    assert metrics.finish(sums, STEP_WEIGHTS)["sim_accept_length"] == pytest.approx(expected)
 
 
 def test_sim_accept_length_is_the_mean_chain_of_positions():
@@ -154,7 +157,7 @@ def test_sim_accept_length_is_the_mean_chain_of_positions():
         for b in range(B)
         for t in range(T)
     ]
-    ours = metrics.finish(sums_of(rows), 0.8)["sim_accept_length"]
+    ours = metrics.finish(sums_of(rows), STEP_WEIGHTS)["sim_accept_length"]
     assert ours == pytest.approx(np.mean(chains), rel=1e-6)
 
 

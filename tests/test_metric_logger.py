@@ -29,7 +29,7 @@ def logger(folder, start_step=0):
         folder,
         metrics_file="metrics.jsonl",
         tensorboard=True,
-        decay=0.5,
+        step_weights=0.5 ** np.arange(2),
         start_step=start_step,
         total_steps=10,
         flops_per_token=1e9,

@@ -8,6 +8,7 @@ target's embedding of a mask token; the LM head is the target's, over its whole 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from MaxDraft.drafts import alignment
 from MaxDraft.drafts.drafter import Drafter
@@ -73,6 +74,9 @@ class ToyBlock(Drafter):
 
     def loss_mask(self, turn_ids, segment_ids, config):
         return alignment.loss_mask(turn_ids, segment_ids, self.dims.block_size - 1, "serving")
+
+    def step_weights(self, config):
+        return np.asarray(self._decay(config))
 
     def loss_totals(self, in_vocab_loss_mask, config):
         """One number: the weighted positions of all steps together."""

@@ -28,7 +28,7 @@ from MaxDraft.targets.table import decoder_params
 def per_token(
     target: DecoderDims,
     drafter: Drafter,
-    ttt_length: int,
+    num_steps: int,
     length: float,
     supervised_share: float = 1.0,
 ) -> dict[str, float]:
@@ -43,7 +43,7 @@ def per_token(
         "target layers": _products(target),
         "target attention": sum(_attention(layer, length) for layer in target.layers),
         "target LM head": supervised_share * 2 * target.hidden_size * target.vocab_size,
-        **drafter.flops_per_token(ttt_length, length, supervised_share),
+        **drafter.flops_per_token(num_steps, length, supervised_share),
     }
 
 

@@ -60,7 +60,7 @@ def position_counts(
 def model_flops(
     target: DecoderDims,
     drafter: Drafter,
-    ttt_length: int,
+    num_steps: int,
     document_lengths: np.ndarray,
     supervised_positions: int,
 ) -> dict[str, float]:
@@ -68,7 +68,7 @@ def model_flops(
     tokens = float(document_lengths.sum())
     length = float((document_lengths**2).sum() / tokens)  # a token's document, on average
     share = supervised_positions / tokens
-    parts = flops.per_token(target, drafter, ttt_length, length, share)
+    parts = flops.per_token(target, drafter, num_steps, length, share)
     return {name: value * tokens for name, value in parts.items()}
 
 

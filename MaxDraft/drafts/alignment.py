@@ -51,8 +51,8 @@ def specforge_loss_mask(turn_ids: jax.Array, segment_ids: jax.Array, k: int) -> 
 def teacher_mask(loss_mask: jax.Array) -> jax.Array:
     """Where the teacher is needed: bool [B, T] from loss_mask bool [K, B, T].
 
-    Position i is supervised at step k by the teacher at i+1+k, where position i+k of step 0 has
-    its teacher, and that position is supervised as well.
+    Step k at position i needs the teacher at i+1+k. Position i+k is then supervised at step 0 and
+    needs the same teacher, so step 0's mask, shifted by one, covers all steps.
     """
     return jnp.pad(loss_mask[0], ((0, 0), (1, 0)))[:, :-1]
 

@@ -4,11 +4,11 @@
     K distributions, the k-th over x[i+2+k]; the teacher at position i+1+k supervises it
 
 EAGLE-3 makes these K distributions in K passes, each reading the one before; a block drafter
-(DFlash) in one pass over K masked tokens. Training, decoding, export, benchmark and reports know
-this class only. A drafter is a folder `drafts/<kind>/` whose `drafter.py` has its class as
-`DRAFTER`; `registry.py` finds it.
+(DFlash) in one pass over K masked tokens. Training, evaluation, export, benchmark and reports know
+this class; decoding knows its `decode_functions`, as decoding/drafter.py describes them. A drafter
+is a folder `drafts/<kind>/` whose `drafter.py` has its class as `DRAFTER`; `registry.py` finds it.
 
-B batch, T tokens in a packed row, L = B * T tokens of a device laid end to end, H hidden size,
+B batch, T tokens in a packed row, L = B * T tokens of a device flattened, H hidden size,
 C captured layers, K drafts of a position, R positions in a block, D draft vocabulary, V vocabulary.
 """
 
@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from MaxDraft.drafts.checkpoint_format import CheckpointFormat
 from MaxDraft.errors import UserError
@@ -62,7 +63,7 @@ class LossConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftInputs:
-    """What a drafter reads of the packed rows of a device, laid end to end: L tokens."""
+    """What a drafter reads of the packed rows of a device, flattened to [L]."""
 
     embeddings: jax.Array  # [L, H]
     aux_hidden_states: jax.Array  # [L, C * H] outputs of the target's captured layers
@@ -80,7 +81,7 @@ class DraftInputs:
         segment_ids: jax.Array,  # int [B, T]
         special_embeddings: jax.Array | None = None,  # [S, H]; None: there are none
     ) -> DraftInputs:
-        """Lays rows end to end; no document goes on from one packed row to the next."""
+        """Flattens rows to [L]; no document goes on from one packed row to the next."""
         if special_embeddings is None:
             special_embeddings = jnp.zeros((0, embeddings.shape[-1]), embeddings.dtype)
         B, T = segment_ids.shape
@@ -110,7 +111,7 @@ class Drafter(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_saved_dims(cls, saved: Mapping[str, Any]) -> Drafter:
-        """The way back from `saved_dims`, also from those that older versions saved."""
+        """Inverse of `saved_dims`; also reads what older versions saved."""
 
     @abc.abstractmethod
     def saved_dims(self) -> dict[str, Any]:
@@ -156,6 +157,10 @@ class Drafter(abc.ABC):
         """int [B, T] each -> bool [K, B, T]: positions whose k-th draft is supervised."""
 
     @abc.abstractmethod
+    def step_weights(self, config: LossConfig) -> np.ndarray:
+        """float [K]: what the mean loss of each step counts in the loss that is reported."""
+
+    @abc.abstractmethod
     def loss_totals(self, in_vocab_loss_mask: jax.Array, config: LossConfig) -> jax.Array:
         """bool [K, L] -> float32; its sum over all devices is what `loss_weights` divides by."""
 
@@ -195,6 +200,6 @@ class Drafter(abc.ABC):
 
     @abc.abstractmethod
     def flops_per_token(
-        self, ttt_length: int, length: float, supervised_share: float
+        self, num_steps: int, length: float, supervised_share: float
     ) -> dict[str, float]:
         """Model FLOPs of a training step by part, for one token of a document of `length`."""

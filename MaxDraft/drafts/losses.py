@@ -70,9 +70,9 @@ def fused_linear_cross_entropy(
 ) -> tuple[jax.Array, PositionResults, jax.Array | None]:
     """-> (sum of weights * loss; the positions' results; d_lm_head).
 
-    The sum has its gradient to `hidden`. Where that is asked for, d_lm_head comes back with the
-    sum's gradient to the LM head added, of which autodiff is not told: no second array of its size
-    is made.
+    The sum is differentiable in `hidden` only. In a differentiated call the gradient to the LM head
+    is added to d_lm_head directly, for a cotangent of 1, so that no second array of its size is
+    made: the sum must not be scaled afterwards.
     """
     total, results, _, d_lm_head = _all_steps(
         hidden, lm_head, d_lm_head, teacher, weights, loss, gradient=False

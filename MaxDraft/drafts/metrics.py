@@ -1,5 +1,6 @@
 """Metrics of a draft head, as sums and counts until the last division.
 
+loss          sum over steps of step_weights[k] * loss_k
 loss_k        mean of step k's loss over supervised positions whose teacher's argmax is in the
               draft vocabulary; of the loss that is trained
 kl, lk_hybrid, lk_alpha    what each of losses.LOSSES would be, whichever is trained
@@ -64,8 +65,13 @@ def sums(
     }
 
 
-def finish(sums: Mapping[str, np.ndarray], decay: float) -> dict[str, list[float] | float]:
-    """Pooled sums -> named metrics; a step without any position reads 0."""
+def finish(
+    sums: Mapping[str, np.ndarray], step_weights: np.ndarray
+) -> dict[str, list[float] | float]:
+    """Pooled sums -> named metrics; a step without any position reads 0.
+
+    step_weights: float [K], what the mean loss of each step counts (Drafter.step_weights).
+    """
 
     def ratio(numerator: str, denominator: str) -> np.ndarray:
         below = np.asarray(sums[denominator], np.float64)
@@ -73,7 +79,7 @@ def finish(sums: Mapping[str, np.ndarray], decay: float) -> dict[str, list[float
         return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
     def over_steps(loss: np.ndarray) -> float:
-        return float((decay ** np.arange(len(loss)) * loss).sum())
+        return float((step_weights * loss).sum())
 
     loss = ratio("loss_sum", "in_vocab_positions")
     cond_acc = ratio("reached_correct_positions", "reached_positions")

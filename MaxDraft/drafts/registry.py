@@ -35,7 +35,7 @@ def drafter_class(kind: str) -> type[Drafter]:
 def from_identity(identity: Mapping[str, Any]) -> Drafter:
     """The drafter that a checkpoint's identity says: `drafter`, its kind, and `head`, its dims.
 
-    A run from before drafters had kinds is EAGLE-3's.
+    Checkpoints from before drafters had kinds store none; they are EAGLE-3's.
     """
     return drafter_class(identity.get("drafter", "eagle3")).from_saved_dims(identity["head"])
 

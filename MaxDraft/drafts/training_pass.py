@@ -38,7 +38,7 @@ class RolloutConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReplicatedTeacher:
-    """What of the target's weights drafting and its supervision need, whole on every device."""
+    """The target's weights that the drafter and the loss read, whole on every device."""
 
     lm_head: jax.Array  # [H, D]: the target's LM head, draft tokens only
     target_to_draft: jax.Array  # int32 [V], -1: outside the draft vocabulary
@@ -49,12 +49,12 @@ class ReplicatedTeacher:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """What supervises the L tokens of a device, laid end to end."""
+    """What supervises the L tokens of a device."""
 
     outputs: TeacherOutputs  # [L, ...]
     teacher: ReplicatedTeacher
     blocks: PositionBlocks  # of the positions that some step supervises
-    weights: jax.Array  # float32 [K, L] what the loss of each counts in the total, 0: nothing
+    weights: jax.Array  # float32 [K, L] of each position's loss in the total; 0: not supervised
     loss: str = dataclasses.field(metadata={"static": True})  # one of losses.LOSSES
 
 
@@ -107,7 +107,8 @@ def loss_and_gradient(
         (block_loss, _), block_pull_back, (of_positions, d_lm_head) = jax.vjp(
             block, params, _at(state, positions), d_keys, has_aux=True
         )
-        # The keys' gradient is handed through the block, which adds its own.
+        # The cotangent that is passed in for d_keys is their gradient so far; the one that comes
+        # back is the new sum (see attention.interval_attention).
         d_params, d_state_block, d_keys = block_pull_back((jnp.ones_like(block_loss), d_keys))
         return (
             loss + block_loss,
@@ -153,7 +154,7 @@ def _blocked_keys(
 
 
 def _add_all_but_lm_head(total: Tree, gradient: Tree) -> Tree:
-    """The loss itself adds up the LM head's gradient, which autodiff is not told of."""
+    """Sums all gradients but the LM head's, which fused_linear_cross_entropy accumulates."""
     gradient = {name: part for name, part in gradient.items() if name != "lm_head"}
     return jax.tree.map(jnp.add, total, gradient)
 

@@ -30,7 +30,7 @@ def describe(run: TrainingRun, vocabulary: DraftVocabulary) -> None:
     cost = flops.per_token(
         target.dims,
         drafter,
-        config.ttt_length,
+        run.spec.num_steps,
         config.max_target_length,
         run.data.supervised_share,
     )
@@ -41,7 +41,7 @@ def describe(run: TrainingRun, vocabulary: DraftVocabulary) -> None:
         f"target: {target.config['model_type']}, {frozen:,} parameters, outputs of layers "
         f"{list(target.captured_layers)} of 0..{target.dims.num_layers - 1}\n"
         f"target in memory: {_target_memory(run)}\n"
-        f"drafter: {drafter.kind}, {trained:,} parameters, rollout of {config.ttt_length} steps\n"
+        f"drafter: {drafter.kind}, {trained:,} parameters, {run.spec.num_steps} draft steps\n"
         f"mesh: {run.mesh.size} {jax.devices()[0].device_kind} ({mesh}), {jax.process_count()} "
         f"process(es)\n"
         f"training: {run.total_steps} optimizer steps of {run.data.rows_per_step} rows of "

@@ -69,7 +69,7 @@ def held_out_metrics(
         run.evaluation_step(params, frozen, batch) for batch in run.held_out_batches(num_batches)
     ]
     pooled = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(found))
-    return metrics.finish(pooled, run.config.ttt_loss_decay)
+    return metrics.finish(pooled, run.drafter.step_weights(run.spec.loss))
 
 
 def decode(
@@ -82,6 +82,9 @@ def decode(
         lambda: parameters.initialize(table, config.init_weights_seed),
         out_shardings=parameters.shardings(table, run.mesh, rules),
     )()
+    if not run.drafter.trains_lm_head:
+        lm_head = run.spec.source.teacher_lm_head(frozen.source, frozen.draft_to_target)
+        params, untrained = ({**head, "lm_head": lm_head} for head in (params, untrained))
     spec = DecodeSpec(
         target=TargetModel(run.target.dims, run.target.captured_layers, jnp.dtype(config.dtype)),
         drafter=BoundDrafter(run.drafter.decode_functions, run.drafter.dims),

@@ -112,7 +112,7 @@ def _metric_logger(run: TrainingRun, start_step: int) -> MetricLogger:
     flops_per_token = flops.per_token(
         run.target.dims,
         run.drafter,
-        config.ttt_length,
+        run.spec.num_steps,
         config.max_target_length,
         run.data.supervised_share,
     )
@@ -120,7 +120,7 @@ def _metric_logger(run: TrainingRun, start_step: int) -> MetricLogger:
         config.run_directory,
         metrics_file=config.metrics_file,
         tensorboard=config.enable_tensorboard,
-        decay=config.ttt_loss_decay,
+        step_weights=run.drafter.step_weights(run.spec.loss),
         start_step=start_step,
         total_steps=run.total_steps,
         flops_per_token=sum(flops_per_token.values()),

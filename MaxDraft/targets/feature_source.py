@@ -1,8 +1,8 @@
 """Where a training step gets the target's hidden states and teacher from: a feature source.
 
-The step asks a source for the `TargetOutputs` of a batch and knows nothing else of a target. Today
-there is one source, the running target itself; stored features stand behind the same three
-questions: which parameters it holds, which fields of a batch it reads, what its outputs are.
+The step asks a source for the `TargetOutputs` of a batch, for rows of the target's embedding and LM
+head, and for its vocabulary size and soft cap; it knows nothing else of a target. Today there is
+one source, the running target itself; stored features can stand behind the same members.
 
 B batch, T tokens in a packed row, H hidden size, C captured layers, V vocabulary, D draft tokens.
 """

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from MaxDraft.drafts import alignment
 from MaxDraft.drafts.drafter import Drafter, DrafterOptions, DraftInputs, LossConfig
@@ -64,6 +65,9 @@ class Eagle3(Drafter):
     ) -> jax.Array:
         return alignment.loss_mask(turn_ids, segment_ids, config.ttt_length, config.alignment)
 
+    def step_weights(self, config: LossConfig) -> np.ndarray:
+        return config.decay ** np.arange(config.ttt_length)
+
     def loss_totals(self, in_vocab_loss_mask: jax.Array, config: LossConfig) -> jax.Array:
         """float32 [K]: the supervised positions of each step, or all positions."""
         if config.denominator == "specforge":
@@ -106,9 +110,9 @@ class Eagle3(Drafter):
         return decoding
 
     def flops_per_token(
-        self, ttt_length: int, length: float, supervised_share: float
+        self, num_steps: int, length: float, supervised_share: float
     ) -> dict[str, float]:
-        return flops.draft_flops_per_token(self.dims, ttt_length, length, supervised_share)
+        return flops.draft_flops_per_token(self.dims, num_steps, length, supervised_share)
 
 
 DRAFTER = Eagle3

@@ -6,7 +6,7 @@ from MaxDraft.drafts.eagle3.dims import NUM_CAPTURED, HeadDims
 
 
 def draft_flops_per_token(
-    dims: HeadDims, ttt_length: int, length: float, supervised_share: float
+    dims: HeadDims, num_steps: int, length: float, supervised_share: float
 ) -> dict[str, float]:
     """FLOPs of each part of the head for one token of a document of `length` tokens.
 
@@ -18,7 +18,7 @@ def draft_flops_per_token(
     q_size, kv_size = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
     keys_values = 2 * 2 * H * 2 * kv_size
     rest_of_layer = 2 * (2 * H * q_size + q_size * H + 3 * H * dims.intermediate_size)
-    later_steps = supervised_share * (ttt_length - 1)
+    later_steps = supervised_share * (num_steps - 1)
     steps = supervised_share + later_steps
     return {
         # The target is frozen: no gradient flows into its hidden states, forward and weight only.
