@@ -25,7 +25,8 @@ from MaxDraft.train_step import Batch, FrozenParams, Metrics, StepSpec, TrainSta
 class TrainingPrograms:
     """The jitted functions of a training run.
 
-    target, draft and update are what `train` is made of, each a program of its own to be measured.
+    `train` is the fused step; target, draft and update are the same three calls compiled
+    separately, for timing.
     """
 
     initialize: Callable[[Tree | None], TrainState]

@@ -51,8 +51,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
     It rises on a line to its peak in the first warmup_steps_fraction of the steps. The first step
     has 1 / (warm-up steps + 1) of the peak and not 0, which would waste it. Then "cosine" falls by
-    half a cosine, "wsd" stays and falls on a line in the last wsd_decay_steps_fraction of the
-    steps, either to learning_rate_final_fraction of the peak at step `total_steps`.
+    half a cosine; "wsd" stays and falls on a line in the last wsd_decay_steps_fraction of the
+    steps. Both end at learning_rate_final_fraction of the peak, at step `total_steps`.
     """
     peak = config.learning_rate
     final = peak * config.learning_rate_final_fraction
@@ -110,21 +110,23 @@ def make_optimizer(
 
 
 def takes_muon(param: Param) -> bool:
-    """Whether a parameter is one matrix a layer or expert, and no side of it is a vocabulary."""
+    """Whether a parameter is a (stack of) matrices with no vocabulary dimension."""
     is_matrix = len(param.shape) >= 2
     return is_matrix and not any(axis and axis.endswith("vocab") for axis in param.axes)
 
 
-def optimizer_state_shardings(state: Any, param_shardings: Tree, otherwise: NamedSharding) -> Any:
+def optimizer_state_shardings(
+    state: Any, param_shardings: Tree, scalar_sharding: NamedSharding
+) -> Any:
     """Tree of shardings for an optimizer's state: a moment is sharded as its parameter is.
 
-    state: the state, or its shapes. otherwise: the sharding of counters. The path of a moment in
-    the state ends with the path of its parameter, by which it is known.
+    state: the state, or its shapes. scalar_sharding: that of counters. The path of a moment in the
+    state ends with the path of its parameter, by which it is recognized.
     """
     shardings = dict(jax.tree_util.tree_flatten_with_path(param_shardings)[0])
 
     def sharding_at(path, _):
         ends = (path[start:] for start in range(len(path)))
-        return next((shardings[end] for end in ends if end in shardings), otherwise)
+        return next((shardings[end] for end in ends if end in shardings), scalar_sharding)
 
     return jax.tree_util.tree_map_with_path(sharding_at, state)

@@ -45,7 +45,7 @@ def accept_sampled(
     q: jax.Array,  # float32 [B, N, V] the distributions that they were drawn from
     p: jax.Array,  # float32 [B, N+1, V] the target's distributions
 ) -> tuple[jax.Array, jax.Array]:
-    """Rejection sampling; the same results as accept_greedy."""
+    """Rejection sampling; returns the same two arrays as accept_greedy."""
     uniform_keys, residual_keys = split_keys(keys)
     p_draft = jnp.take_along_axis(p[:, :-1], drafts[..., None], -1)[..., 0]
     q_draft = jnp.take_along_axis(q, drafts[..., None], -1)[..., 0]

@@ -4,11 +4,11 @@
     absorb        reads tokens that the target has verified, with the target's aux hidden states
     draft         proposes tokens that may follow the committed ones
 
-With x[0..n-1] committed, the target and the drafter have read all but x[n-1]: at position i the
-drafter reads the target's aux hidden states of x[i], and may read the embedding of x[i+1]. Position
-i lies in slot i. A drafter writes what it needs for drafting into the free slots from n-1 on;
-absorb writes over them. A drafter that needs
-more than N + 1 of them at the end of a text makes its cache longer than it is asked to.
+With x[0..n-1] committed, the target has read x[0..n-2] and the drafter has absorbed positions
+0..n-2; position i uses the aux hidden states of x[i] and the embedding of x[i+1], and lies in slot
+i. A drafter writes what it needs for drafting into the free slots from n-1 on; absorb writes over
+them. A drafter that needs more than N + 1 of them at the end of a text makes its cache longer than
+it is asked to.
 
 B batch, S positions read at once, C cache slots, H hidden size, V vocabulary, N drafts.
 """

@@ -178,6 +178,7 @@ def accept(
         return Acceptance(*accept_greedy(proposal.tokens, verification.logits))
     _, keys = state.round_keys
     p = probabilities(verification.logits, spec.temperature)
+    # N = 0: nothing was drafted, and q is empty.
     q = p[:, :0] if proposal.distributions is None else proposal.distributions
     return Acceptance(*accept_sampled(keys, proposal.tokens, q, p))
 

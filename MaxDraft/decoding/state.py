@@ -41,8 +41,8 @@ class DecodeParams:
     """The weights of both models, and the draft vocabulary."""
 
     target: Tree
-    # What the drafter's functions take as params. A drafter that uses the target's LM head finds it
-    # there as well.
+    # What the drafter's functions take as params. For a drafter that uses the target's LM head,
+    # evaluation adds it as params["lm_head"].
     drafter: Tree = None
     draft_to_target: jax.Array | None = None  # int32 [D]; None: the target's whole vocabulary
 

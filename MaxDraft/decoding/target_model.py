@@ -58,9 +58,9 @@ class CachedContext:
     def recur(self, x, conv, log_decay, beta, dims, cache):
         """The gated delta rule, for chains only: it reads the slots in their order.
 
-        A recurrent state cannot forget a draft that is refused later. So the cache keeps the inputs
-        by slot, as it does keys and values, and the state after the first `read` tokens only. That
-        state is taken forward to the first slot of each call: what stands before it is final.
+        A recurrent state cannot drop refused drafts, so inputs are cached per slot and the state
+        advances only over committed tokens: at each call, from the `read` tokens that it holds to
+        the call's first slot.
         """
         names = ("x", "log_decay", "beta")
         inputs = write_slots(tuple(cache[name] for name in names), (x, log_decay, beta), self.slots)
@@ -104,9 +104,7 @@ class TargetModel:
     dtype: Any
 
     def empty_cache(self, batch: int, slots: int) -> Any:
-        """Zeros: for every group of scanned layers, and every layer of its unit, what the layer
-        keeps, stacked over the repeats.
-        """
+        """Zero caches, one per layer of a unit, stacked over the group's repeats."""
 
         def zeros(array: CacheArray, repeats: int) -> jax.Array:
             return jnp.zeros((repeats, batch, *array.shape), array.dtype)
@@ -122,7 +120,7 @@ class TargetModel:
         )
 
     def embed(self, params: Tree, tokens: jax.Array) -> jax.Array:
-        """tokens int [B, S] -> [B, S, H], looked up where the target has its batch."""
+        """tokens int [B, S] -> their embeddings [B, S, H], sharded as target_batch."""
         tokens = constrain(tokens, "target_batch", None)
         embeddings = decoder.embed(params, tokens, self.dtype)
         return constrain(embeddings, "target_batch", None, None)

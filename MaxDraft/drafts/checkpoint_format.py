@@ -121,5 +121,5 @@ class CheckpointFormat(abc.ABC):
         """A line for every dimension that differs, naming the key to set where one sets it."""
 
     @abc.abstractmethod
-    def adopted(self, dims: Any, saved: Any) -> Any:
+    def with_fields_of_checkpoint(self, dims: Any, saved: Any) -> Any:
         """`dims` with what no key chooses, and a warm start therefore takes from the folder."""

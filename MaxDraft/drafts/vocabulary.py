@@ -102,9 +102,10 @@ class DraftVocabulary:
     ) -> DraftVocabulary:
         """From a head's tensors: d2t int64 [D], t2d bool [V] if there is one.
 
-        Some trainers store absolute ids in d2t. Offsets repeat wherever two neighbouring tokens are
-        both in, absolute ids never do; t2d tells for certain. VocabularyError: absolute ids,
-        offsets that lead nowhere, a t2d that contradicts them.
+        Some trainers store absolute ids in d2t. Absolute ids strictly increase; offsets repeat
+        where consecutive ids are both in. t2d decides; without it, strictly increasing numbers are
+        taken for absolute ids. VocabularyError: absolute ids, offsets that lead nowhere, a t2d that
+        contradicts them.
         """
         d2t = np.asarray(d2t).astype(np.int64)
         ids = np.arange(len(d2t)) + d2t
@@ -132,7 +133,7 @@ def select(
     required_ids: Iterable[int],
     draft_vocab_size: int,
 ) -> DraftVocabulary:
-    """The required tokens and the most frequent others, D in all; of equals the lower id.
+    """The required tokens and the most frequent others, D in all; ties go to the lower id.
 
     D at or above V is the whole vocabulary. VocabularyError: a required id outside the target's
     vocabulary, more required ids than D, no counted token.

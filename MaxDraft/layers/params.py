@@ -25,7 +25,8 @@ Tree = Any
 class Part:
     """A part of the output dimension of a tensor that holds several parameters fused.
 
-    The parameter is [start : start + size * step : step] of `total` outputs.
+    The parameter is [start : start + size * step : step] of `total` outputs; size: the parameter's
+    output dimension.
     """
 
     start: int
@@ -91,9 +92,9 @@ class Quantized:
     """A matrix kept in memory as its checkpoint holds it, dequantized in the product (linear).
 
     In a table its leaves are Params, in a tree of parameters arrays.
-    FP8     values uint8 [..., in, out], the bits of float8_e4m3fn (of a float8 array XLA on a CPU
-            makes a float16 one ahead of every scan); scale float32 [..., in / a, out / b] with any
-            block a x b: 128 x 128, or a whole column, or everything
+    FP8     values uint8 [..., in, out], the bits of float8_e4m3fn, stored as uint8: XLA:CPU would
+            convert a float8 array to float16 before each scan; scale float32 [..., in / a, out / b]
+            with any block a x b: 128 x 128, or a whole column, or everything
     MXFP4   values uint8 [..., in / 2, out], two e2m1 numbers a byte, the even input in the low
             half; scale uint8 [..., in / 32, out], or finer: exponents of two, bias 127
     """

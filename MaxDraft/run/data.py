@@ -1,7 +1,7 @@
 """The data side of a run: conversations -> packed rows, draft vocabulary, batches, prompts.
 
-Reads the Config and hands plain values to input_pipeline, which knows neither it nor devices. What
-it takes of the target and of the mesh is a few numbers.
+input_pipeline gets plain values: no Config, no devices. Of the target and of the mesh it is told a
+few numbers.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def check_export_directory(config: Config) -> None:
     """Raises now what would keep the head from being written there after hours of training.
 
     ResumeError where the folder cannot be made, CheckpointError where it holds something that no
-    export wrote. What exports left there whose process was killed is removed.
+    export wrote. Removes temporary files of killed exports.
     """
     folder = config.export_directory
     check_replaceable(folder)

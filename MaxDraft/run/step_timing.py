@@ -47,7 +47,10 @@ class RunningStep:
         return seconds
 
     def breakdown(self, repeats: int, computed_positions: int) -> dict[str, float]:
-        """Median seconds of the step's parts, each run alone as a program of its own.
+        """Median seconds of the step's parts.
+
+        The target, the draft step, the loss and the optimizer are timed, each as a program of its
+        own; `rollout` is the draft step minus the loss.
 
         computed_positions: of all devices; the loss alone is run for those of one device.
         """

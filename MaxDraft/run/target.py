@@ -1,4 +1,4 @@
-"""The target side of a run: config.json -> dimensions, parameter table, the head that fits it.
+"""A run's target: config.json -> dimensions, captured layers, parameter table, stop tokens.
 
 Reads the Config; loads no weight.
 """

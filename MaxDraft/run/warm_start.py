@@ -12,10 +12,11 @@ from MaxDraft.run.folder import has_begun
 
 
 def with_captured_layers(config: Config) -> Config:
-    """load_parameters_path without target_layer_ids: the layers that the head's config.json names.
+    """Returns the config with target_layer_ids filled from the head's config.json.
 
-    A run that has begun has them in its own config.yml, and goes on where the head's folder is
-    gone. CheckpointError where the folder holds no such head.
+    Unchanged without load_parameters_path, or where target_layer_ids is set. A run that has begun
+    has them in its own config.yml, so it goes on although the head's folder is gone.
+    CheckpointError where the folder holds no such head.
     """
     if config.target_layer_ids or not config.load_parameters_path:
         return config

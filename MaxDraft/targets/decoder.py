@@ -127,7 +127,7 @@ def forward(
     captured_layers: Sequence[int],
     dtype: Any,
     block: int,  # queries and keys attended at a time
-    kernel: str = "xla",  # one of attention_keys.KERNELS
+    kernel: str = "xla",  # a key of attention.IMPLEMENTATIONS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Packed documents -> embeddings [B, T, H], aux_hidden_states [B, T, C * H],
     last_hidden_state [B, T, H].

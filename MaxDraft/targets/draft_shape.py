@@ -11,10 +11,10 @@ import dataclasses
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import MLA, Attention, DecoderDims, Experts, Mlp, TargetError
 
-MIN_KV_HEADS = 2  # sglang-jax crashes on a single one
+MIN_KV_HEADS = 2  # sglang-jax cddbf6f (August 2026) crashes on a single one
 MLA_HEAD_DIM = 128
 MLA_KV_HEADS = 8
-MAX_WIDTH = 6  # times the hidden size; the widest that published heads have
+MAX_WIDTH = 6  # of the MLP, times the hidden size: a bound on the head's cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def open_head(folder: Path, kind: type[Drafter]) -> FolderContents:
 def warm_drafter(folder: Path, drafter: Drafter) -> Drafter:
     """The drafter that goes on from the one in a folder: with what no key of the run chooses."""
     saved = open_head(folder, type(drafter)).drafter
-    dims = drafter.checkpoint_format.adopted(drafter.dims, saved.dims)
+    dims = drafter.checkpoint_format.with_fields_of_checkpoint(drafter.dims, saved.dims)
     return dataclasses.replace(drafter, dims=dims)
 
 

@@ -1,9 +1,8 @@
 """Reading the config.json of an EAGLE-3 head.
 
 A head is flat, or has the fields of its layer nested under `transformer_layer_config`
-(vLLM's speculators). A field is read, or it is known to have no part in what the head computes, or
-it must have the value at which it has none. Every other field is refused: what is not understood
-may change the drafts.
+(vLLM's speculators). Every field must be one we read, one known to have no effect, or one at its
+neutral value; anything else is refused, since it may change the drafts.
 """
 
 from __future__ import annotations

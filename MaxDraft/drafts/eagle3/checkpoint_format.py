@@ -174,7 +174,7 @@ class Eagle3Format(CheckpointFormat):
                 lines.append(f"{name}: the head has {value}, this run {wanted}{advice}")
         return lines
 
-    def adopted(self, dims: HeadDims, saved: HeadDims) -> HeadDims:
+    def with_fields_of_checkpoint(self, dims: HeadDims, saved: HeadDims) -> HeadDims:
         """The rotary embedding and the epsilon of the norms."""
         return dataclasses.replace(dims, rope=saved.rope, norm_eps=saved.norm_eps)
 

@@ -83,7 +83,11 @@ def dims_from_json(saved: Mapping[str, Any]) -> HeadDims:
 
 
 def default_captured_layers(num_layers: int) -> tuple[int, ...]:
-    """The layers whose output is captured: [1, n//2 - 1, n - 4], 0-based (Li et al. 2025)."""
+    """The layers whose output is captured: [1, n//2 - 1, n - 4], 0-based.
+
+    Li et al. 2025 say only low, middle and high; these numbers are those of EAGLE's code and of
+    SGLang, which write them as [2, n//2, n - 3], inputs of the layers after.
+    """
     return (1, num_layers // 2 - 1, num_layers - 4)
 
 
