@@ -1,14 +1,17 @@
 """The mistakes that a user can mend, and the one way in which every entry script ends.
 
-Each room's error class derives from `UserError`; its message says what is wrong, where, and what to
-type next. Whatever else escapes is a defect of MaxDraft and keeps its traceback.
+Each package's error class derives from `UserError`; its message says what is wrong, where, and what
+to type next. Whatever else escapes is a defect of MaxDraft and keeps its traceback.
 
     exit status   0   done
                   1   a defect, with its traceback
                   2   a mistake, with one line that explains it
-                 42   stopped by SIGTERM, or another process of the run was lost: nothing that was
-                      saved is lost, and the same command goes on
-                130   interrupted by Ctrl-C
+                 42   stopped by SIGTERM, or during training by Ctrl-C as well, or another process
+                      of the run was lost: what is lost was not saved yet, a stop during training
+                      loses nothing, and the same command goes on
+                130   interrupted by Ctrl-C outside of training; or, with
+                      enable_checkpointing=False, by either signal once training has begun: nothing
+                      was saved
                 141   whatever read the output has ended, as in `train.py | head`
 
 This module imports nothing heavy, so that an entry script can handle signals before it imports jax.

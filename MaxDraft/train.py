@@ -5,7 +5,7 @@
         grain_train_files=sharegpt.jsonl base_output_directory=/runs run_name=q3
 
 The same command resumes a run that was stopped. Exit status: 0 done, 2 a mistake it explains,
-42 stopped by SIGTERM or Ctrl-C with everything saved.
+42 training stopped by SIGTERM or Ctrl-C with everything saved; MaxDraft/errors.py has the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if __name__ == "__main__":  # importing this file changes nothing
     exit_on_signals()
 
 from MaxDraft import pyconfig
-from MaxDraft.errors import RESTARTABLE, run_main
+from MaxDraft.errors import INTERRUPTED, RESTARTABLE, run_main
 from MaxDraft.export import export
 from MaxDraft.metric_logger import say
 from MaxDraft.report import text as report
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     step = int(state.step)
     if stopped and not run.config.enable_checkpointing:
         say(f"stopped after step {step} of {run.total_steps}; enable_checkpointing=False: all lost")
-        return 1
+        return INTERRUPTED
     if stopped:
         say(f"stopped after step {step} of {run.total_steps}, all saved: the same command goes on")
         return RESTARTABLE

@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom."""
+"""The packages of MaxDraft: who may import whom."""
 
 import ast
 import itertools
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "MaxDraft"
 
-# Each room may import itself, and what stands after it in its line.
+# Each package may import itself, and what stands after it in its line.
 MAY_IMPORT = {
     "layers": {"errors", "sharding"},
     "targets": {"errors", "layers", "sharding"},
@@ -32,12 +32,12 @@ MAY_IMPORT = {
     "report": set(),
     "tiny_target": {"errors", "layers", "sharding", "storage", "targets", "convert"},
 }
-# These stand above the rooms and wire them together.
+# These stand above these packages and wire them together.
 WIRING = {"run"}
 
 
 def imports(path: Path) -> set[str]:
-    """Rooms and modules of MaxDraft that a file imports, "" for MaxDraft itself left out."""
+    """Packages and modules of MaxDraft that a file imports, "" for MaxDraft itself left out."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -50,20 +50,20 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
-def test_rooms_import_downwards_only(room):
-    files = sorted((PACKAGE / room).rglob("*.py"))
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_packages_import_downwards_only(package):
+    files = sorted((PACKAGE / package).rglob("*.py"))
     assert files
     for path in files:
-        assert imports(path) <= MAY_IMPORT[room] | {room}, path
+        assert imports(path) <= MAY_IMPORT[package] | {package}, path
 
 
-def test_every_room_is_listed():
-    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert rooms == set(MAY_IMPORT) | WIRING
+def test_every_package_is_listed():
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert packages == set(MAY_IMPORT) | WIRING
 
 
-def test_no_drafter_is_named_outside_its_room():
+def test_no_drafter_is_named_outside_its_package():
     kinds = {path.parent.name for path in (PACKAGE / "drafts").glob("*/drafter.py")}
     assert kinds
     for path in sorted(PACKAGE.rglob("*.py")):

@@ -54,8 +54,8 @@ def test_files_that_are_named_exist(path):
     for name in re.findall(r"`((?:MaxDraft|tests|end_to_end|configs)/[\w/.-]+\.\w+)`", text):
         if "NAME" not in name:
             assert (ROOT / name).exists(), name
-    rooms = "cost|run|drafts|decoding|targets|input_pipeline|convert|layers|report|tiny_target"
-    for name in re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", text):
+    packages = "cost|run|drafts|decoding|targets|input_pipeline|convert|layers|report|tiny_target"
+    for name in re.findall(rf"`((?:{packages})/[\w/]+\.py)`", text):
         assert (ROOT / "MaxDraft" / name).exists(), name
 
 

@@ -65,6 +65,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(job):
     assert job.checkpoints()[-1] == last
 
 
+def test_a_stop_without_checkpoints_exits_with_130(job):
+    status, printed = job.signal_after(
+        "step 6/24", signal.SIGTERM, enable_checkpointing=False, checkpoint_period=500
+    )
+    assert status == 130, printed
+    assert "enable_checkpointing=False: all lost" in printed
+
+
 def test_evaluate_and_export_need_only_the_runs_folder(whole):
     job, _ = whole
     place = [f"base_output_directory={job.folder / 'runs'}", "run_name=r"]

@@ -1,5 +1,6 @@
 """The training loop: nothing moves between host and devices unasked; a bad step is explained."""
 
+import signal
 import types
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from MaxDraft import pyconfig
 from MaxDraft.run import training_loop
+from MaxDraft.run.stop_signal import StopSignal
 from MaxDraft.run.training_loop import PendingStep
 from MaxDraft.run.training_run import TrainingError
 from MaxDraft.train_step import TrainState
@@ -105,3 +107,16 @@ def test_a_step_that_is_not_finite_is_left_out_by_key(capsys):
     assert log.steps == [(1, 5.0), (3, 4.0)]
     assert log.flushes == 1
     assert "step 2: loss or gradient is not finite; the step is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("everything_saved", "status"), [(True, 42), (False, 130)])
+def test_a_signal_after_training_tells_whether_all_is_saved(everything_saved, status):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        StopSignal().exit_at_once_from_now_on(everything_saved)
+        with pytest.raises(SystemExit) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == status

@@ -8,7 +8,7 @@ import sys
 import jax
 
 from MaxDraft import distributed
-from MaxDraft.errors import RESTARTABLE
+from MaxDraft.errors import INTERRUPTED, RESTARTABLE
 from MaxDraft.metric_logger import say
 
 AGREEMENT_PERIOD = 10  # steps
@@ -25,7 +25,7 @@ class StopSignal:
         self._requested = True
         for other, handler in self._former.items():
             signal.signal(other, handler)
-        say(f"{signal.Signals(number).name}: saving after this step")
+        say(f"{signal.Signals(number).name}: stopping after this step")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; on several processes, whether any of them was asked to.
@@ -36,7 +36,11 @@ class StopSignal:
             return False
         return distributed.any_process(self._requested)
 
-    def all_is_saved(self) -> None:
-        """From here on a signal ends the process at once, and the same command goes on."""
+    def exit_at_once_from_now_on(self, everything_saved: bool) -> None:
+        """From here on a signal ends the process at once.
+
+        everything_saved: the same command goes on from the last step, which the status tells.
+        """
+        status = RESTARTABLE if everything_saved else INTERRUPTED
         for number in self._former:
-            signal.signal(number, lambda *_: sys.exit(RESTARTABLE))
+            signal.signal(number, lambda *_: sys.exit(status))

@@ -63,7 +63,7 @@ def train(
         run.checkpoints.wait()  # whatever happened, what was being saved is finished
         profiler.close()
         logger.close()
-    stop.all_is_saved()
+    stop.exit_at_once_from_now_on(everything_saved=config.enable_checkpointing)
     return state, stopping
 
 
