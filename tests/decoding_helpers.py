@@ -13,11 +13,11 @@ from MaxDraft.decoding.target_model import TargetModel
 from MaxDraft.drafts.eagle3 import decoding as eagle3_decoding
 
 
-def decode_spec(dims, target_layer_ids, head_dims, **settings):
+def decode_spec(dims, captured_layers, head_dims, **settings):
     """A DecodeSpec of an EAGLE-3 head in float32: chains of 3, greedy, unless `settings` differ."""
     defaults = {"num_draft_tokens": 3, "max_new_tokens": 24, "stop_ids": (5,), "temperature": 0.0}
     return DecodeSpec(
-        TargetModel(dims, target_layer_ids, jnp.float32),
+        TargetModel(dims, captured_layers, jnp.float32),
         BoundDrafter(eagle3_decoding, head_dims),
         **defaults | settings,
     )

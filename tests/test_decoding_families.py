@@ -51,7 +51,7 @@ def test_a_text_read_in_pieces_gives_the_same_hidden_states(family):
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     _, aux_hidden_states, last = jax.jit(
         lambda p: decoder.forward(
-            p, tokens, positions, positions * 0, model.dims, model.target_layer_ids, jnp.float32, 64
+            p, tokens, positions, positions * 0, model.dims, model.captured_layers, jnp.float32, 64
         )
     )(params)
 
@@ -131,7 +131,7 @@ def test_greedy_replies_are_the_same_with_drafts_and_without(family):
     rng = np.random.default_rng(2)  # no token of any reply is nearly tied with another
     prompts = jnp.asarray(rng.integers(0, model.dims.vocab_size, (2, 20)), jnp.int32)
     lengths = jnp.asarray([20, 13])
-    spec = decode_spec(model.dims, model.target_layer_ids, head_dims, stop_ids=(0,))
+    spec = decode_spec(model.dims, model.captured_layers, head_dims, stop_ids=(0,))
     params = DecodeParams(params, head, jnp.arange(DRAFT_VOCABULARY))
     plain = decode(spec.without_drafts(), params, prompts, lengths)
     assert_same_replies(plain, decode(spec, params, prompts, lengths))

@@ -64,7 +64,7 @@ def _stray_scale(name: str, tensors: Mapping[str, WeightTensor]) -> str | None:
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution's [C, 1, W] holds the same as [C, W]."""
+    """A convolution's [conv_dim, 1, W] holds the same as [conv_dim, W]."""
     return tuple(size for size in shape if size != 1)
 
 

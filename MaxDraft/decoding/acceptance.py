@@ -5,7 +5,7 @@ probability min(1, p(d) / q(d)), where p is the target's distribution and q the 
 from; at the first refusal the token is drawn from max(p - q, 0), normalized. The reply then follows
 the target's distribution (Leviathan et al. 2023, Chen et al. 2023).
 
-B batch, N drafts, V vocabulary. Every prompt has a random key of its own.
+B batch, gamma drafts, V vocabulary. Every prompt has a random key of its own.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def choose_token(keys: jax.Array, logits: jax.Array, temperature: float) -> jax.
 
 
 def accept_greedy(
-    drafts: jax.Array,  # int32 [B, N]
-    target_logits: jax.Array,  # float32 [B, N+1, V]
+    drafts: jax.Array,  # int32 [B, gamma]
+    target_logits: jax.Array,  # float32 [B, gamma + 1, V]
 ) -> tuple[jax.Array, jax.Array]:
-    """-> accepted drafts int32 [B], committed tokens int32 [B, N+1].
+    """-> accepted drafts int32 [B], committed tokens int32 [B, gamma + 1].
 
     The first accepted + 1 tokens of a prompt count: the accepted drafts and the target's own token.
     """
@@ -41,9 +41,9 @@ def accept_greedy(
 
 def accept_sampled(
     keys: jax.Array,  # [B]
-    drafts: jax.Array,  # int32 [B, N], drawn from q
-    q: jax.Array,  # float32 [B, N, V] the distributions that they were drawn from
-    p: jax.Array,  # float32 [B, N+1, V] the target's distributions
+    drafts: jax.Array,  # int32 [B, gamma], drawn from q
+    q: jax.Array,  # float32 [B, gamma, V] the distributions that they were drawn from
+    p: jax.Array,  # float32 [B, gamma + 1, V] the target's distributions
 ) -> tuple[jax.Array, jax.Array]:
     """Rejection sampling; returns the same two arrays as accept_greedy."""
     uniform_keys, residual_keys = split_keys(keys)

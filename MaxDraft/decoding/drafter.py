@@ -7,10 +7,11 @@
 With x[0..n-1] committed, the target has read x[0..n-2] and the drafter has absorbed positions
 0..n-2; position i uses the aux hidden states of x[i] and the embedding of x[i+1], and lies in slot
 i. A drafter writes what it needs for drafting into the free slots from n-1 on; absorb writes over
-them. A drafter that needs more than N + 1 of them at the end of a text makes its cache longer than
-it is asked to.
+them. A drafter that needs more than gamma + 1 of them at the end of a text makes its cache longer
+than it is asked to.
 
-B batch, S positions read at once, C cache slots, H hidden size, V vocabulary, N drafts.
+B batch, S positions read at once, `slots` of the cache, C captured layers, H hidden size,
+V vocabulary, gamma drafts (Leviathan et al. 2023).
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ Choose = Callable[[int, jax.Array], tuple[jax.Array, jax.Array | None]]
 class DecodeDrafter(Protocol):
     """How a draft head is served. Hashable, so that a compiled function can close over it."""
 
-    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
-        """Arrays [B, C, ...], split over the devices by the batch."""
+    def empty_cache(self, batch: int, num_slots: int, dtype: Any) -> Any:
+        """Arrays [B, num_slots, ...], split over the devices by the batch."""
 
     def absorb(
         self,
         params: Tree,
         cache: Any,
         next_embeddings: jax.Array,  # [B, S, H] of x[i+1] at position i
-        aux_hidden_states: jax.Array,  # [B, S, captured layers * H] at x[i]
+        aux_hidden_states: jax.Array,  # [B, S, C * H] at x[i]
         slots: jax.Array,  # int [B, S] where the positions are written
         positions: jax.Array,  # int [B, S] of the rotary embedding
-        visible: jax.Array,  # bool [B, S, C] the slots that each position sees
+        visible: jax.Array,  # bool [B, S, slots] the slots that each position sees
     ) -> tuple[Any, Any]:
         """-> what drafting may start from after each position, arrays [B, S, ...]; cache."""
 
@@ -56,12 +57,12 @@ class DecodeDrafter(Protocol):
         token: jax.Array,  # int [B]: x[n-1]
         slots: jax.Array,  # int [B]: n-1, the first free slot
         positions: jax.Array,  # int [B]: n-1, the position of x[n-1]
-        visible: jax.Array,  # bool [B, C]: slots 0..n-2
+        visible: jax.Array,  # bool [B, slots]: slots 0..n-2
         choose: Choose,
-        num_draft_tokens: int,  # N
+        num_draft_tokens: int,  # gamma
         recurrent_position_offset: int,  # added where the drafter reads its own output
     ) -> tuple[jax.Array, jax.Array | None, Any]:
-        """-> drafts int32 [B, N], their distributions float32 [B, N, V] or None, cache.
+        """-> drafts int32 [B, gamma], their distributions float32 [B, gamma, V] or None, cache.
 
         choose: (number of the draft, logits [B, draft vocabulary]) -> token ids of the target [B]
             and the distribution [B, V] that they were drawn from, None where nothing was drawn.
@@ -75,8 +76,8 @@ class BoundDrafter:
     functions: ModuleType
     dims: Any
 
-    def empty_cache(self, batch, slots, dtype):
-        return self.functions.empty_cache(self.dims, batch, slots, dtype)
+    def empty_cache(self, batch, num_slots, dtype):
+        return self.functions.empty_cache(self.dims, batch, num_slots, dtype)
 
     def absorb(self, params, cache, *inputs):
         return self.functions.absorb(params, self.dims, cache, *inputs)
@@ -89,7 +90,7 @@ class BoundDrafter:
 class NoDrafter:
     """Proposes nothing: every round commits the one token that the target chooses itself."""
 
-    def empty_cache(self, batch, slots, dtype):
+    def empty_cache(self, batch, num_slots, dtype):
         return ()
 
     def absorb(self, params, cache, *inputs):

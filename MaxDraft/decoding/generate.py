@@ -2,17 +2,17 @@
 
 With x[0..n-1] committed, the target and the drafter have read all but x[n-1]. One round:
 
-    propose   the drafter proposes d_1..d_N to follow x[n-1]
-    verify    the target reads x[n-1], d_1..d_N in one pass: N + 1 distributions
+    propose   the drafter proposes d_1..d_gamma to follow x[n-1]
+    verify    the target reads x[n-1], d_1..d_gamma in one pass: gamma + 1 distributions
     accept    the first a drafts stay, and the target adds one token of its own
     commit    the reply grows by these a + 1 tokens, and the drafter reads positions n-1..n+a-1
               with the target's aux hidden states
 
-Decoding without drafts is the case N = 0. Slots hold the text in order: x[i] lies in slot i, drafts
-in the slots from n on, where the next round writes over those that were refused.
+Decoding without drafts is the case gamma = 0. Slots hold the text in order: x[i] lies in slot i,
+drafts in the slots from n on, where the next round writes over those that were refused.
 
-B batch, P prompt length (padded on the right), C cache slots, N drafts, H hidden size,
-V vocabulary.
+B batch, P prompt length (padded on the right), gamma drafts (Leviathan et al. 2023),
+H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def prefill(
 
     A slot past the prompt's end is written before any token sees it, so the padding is never seen.
     """
-    (batch, width), N = prompt.shape, spec.num_draft_tokens
-    num_slots = width + spec.max_new_tokens + N + 1
+    (batch, width), num_drafts = prompt.shape, spec.num_draft_tokens
+    num_slots = width + spec.max_new_tokens + num_drafts + 1
     context = CachedContext.from_chain(
         jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt.shape), num_slots
     )
@@ -114,7 +114,7 @@ def prefill(
             tokens=jnp.zeros((batch, spec.max_new_tokens), jnp.int32).at[:, 0].set(first),
             length=length,
             verify_steps=jnp.zeros(batch, jnp.int32),
-            accepted_drafts=jnp.zeros((batch, N), jnp.int32),
+            accepted_drafts=jnp.zeros((batch, num_drafts), jnp.int32),
         ),
         active=~_is_stop(spec, first) & (length < spec.max_new_tokens),
         target_cache=target_cache,
@@ -125,7 +125,7 @@ def prefill(
 
 
 def propose(spec: DecodeSpec, params: DecodeParams, state: DecodeState) -> Proposal:
-    """The drafter proposes N tokens after x[n-1]."""
+    """The drafter proposes gamma tokens after x[n-1]."""
     keys, _ = state.round_keys
     last = state.num_committed - 1
 
@@ -178,7 +178,7 @@ def accept(
         return Acceptance(*accept_greedy(proposal.tokens, verification.logits))
     _, keys = state.round_keys
     p = probabilities(verification.logits, spec.temperature)
-    # N = 0: nothing was drafted, and q is empty.
+    # gamma = 0: nothing was drafted, and q is empty.
     q = p[:, :0] if proposal.distributions is None else proposal.distributions
     return Acceptance(*accept_sampled(keys, proposal.tokens, q, p))
 

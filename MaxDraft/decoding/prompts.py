@@ -32,7 +32,7 @@ class DecodedPrompts:
     replies: list[list[int]]
     seconds: float
     verify_steps: int  # the target's passes after the prompts, over all prompts
-    accepted_drafts: np.ndarray  # int [N]: verify steps that accepted draft j
+    accepted_drafts: np.ndarray  # int [gamma]: verify steps that accepted draft j
 
     @property
     def accept_length(self) -> float:
@@ -51,7 +51,7 @@ class DecodedPrompts:
         Every verify step counts all drafts that it accepted and the target's own token, also those
         past a stop token or past max_new_tokens, which accept_length leaves out. So the logs of
         engines count: accept-len of sglang-jax and SGLang, 1 + accepted / drafts of vLLM. A drafter
-        of N drafts that is always right reads N + 1, whatever the length of its replies.
+        of gamma drafts that is always right reads gamma + 1, whatever the length of its replies.
         """
         if not self.verify_steps:
             return 0.0

@@ -1,6 +1,7 @@
 """What decoding knows and carries from round to round; generate.py says what it does with it.
 
-B batch, C cache slots, N drafts, H hidden size, D draft vocabulary, V vocabulary.
+B batch, C captured layers, gamma drafts (Leviathan et al. 2023), H hidden size, D draft vocabulary,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class DecodeSpec:
 
     target: TargetModel
     drafter: DecodeDrafter
-    num_draft_tokens: int  # N, the root of the chain not counted
+    num_draft_tokens: int  # gamma, the root of the chain not counted
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float  # 0: greedy
@@ -55,7 +56,7 @@ class Reply:
     tokens: jax.Array  # int32 [B, max_new_tokens]
     length: jax.Array  # int32 [B], the stop token included
     verify_steps: jax.Array  # int32 [B]: the target's passes after the prompt
-    # int32 [B, N]: how often draft j was accepted, also where the reply had ended before it.
+    # int32 [B, gamma]: how often draft j was accepted, also where the reply had ended before it.
     accepted_drafts: jax.Array
 
 
@@ -71,7 +72,7 @@ class DecodeState:
     target_cache: Any
     drafter_cache: Any
     drafter_state: Any  # what the drafter starts from
-    num_slots: int = dataclasses.field(metadata={"static": True})  # C
+    num_slots: int = dataclasses.field(metadata={"static": True})
 
     @property
     def num_committed(self) -> jax.Array:
@@ -93,8 +94,10 @@ class DecodeState:
 class Proposal:
     """Drafts that may follow x[n-1]."""
 
-    tokens: jax.Array  # int32 [B, N]
-    distributions: jax.Array | None  # float32 [B, N, V] that they were drawn from; None: not drawn
+    tokens: jax.Array  # int32 [B, gamma]
+    distributions: (
+        jax.Array | None
+    )  # float32 [B, gamma, V] that they were drawn from; None: not drawn
     drafter_cache: Any
 
 
@@ -103,8 +106,8 @@ class Verification:
     """What the target makes of x[n-1] and the drafts."""
 
     context: CachedContext
-    aux_hidden_states: jax.Array  # [B, N+1, captured layers * H]
-    logits: jax.Array  # float32 [B, N+1, V]
+    aux_hidden_states: jax.Array  # [B, gamma + 1, C * H]
+    logits: jax.Array  # float32 [B, gamma + 1, V]
     target_cache: Any
 
 
@@ -113,4 +116,4 @@ class Acceptance:
     """The drafts that stay, and the target's own token after them."""
 
     num_accepted: jax.Array  # int32 [B]: a
-    tokens: jax.Array  # int32 [B, N+1], of which the first a + 1 count
+    tokens: jax.Array  # int32 [B, gamma + 1], of which the first a + 1 count

@@ -1,6 +1,6 @@
 """The target as decoding runs it: with a cache, some tokens at a time.
 
-B batch, S tokens fed at once, C cache slots, K captured layers, H hidden size.
+B batch, S tokens fed at once, `slots` of the cache, C captured layers, H hidden size.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class CachedContext:
 
     slots: jax.Array  # int [B, S] the cache slot of each token
     positions: jax.Array  # int [B, S] of the rotary embedding
-    visible: jax.Array  # bool [B, S, C] the slots that each token sees, its own included
-    slot_positions: jax.Array  # int [B, C] the position of the token in each slot
+    visible: jax.Array  # bool [B, S, slots] the slots that each token sees, its own included
+    slot_positions: jax.Array  # int [B, slots] the position of the token in each slot
 
     @classmethod
     def from_chain(cls, positions: jax.Array, num_slots: int) -> CachedContext:
@@ -100,10 +100,10 @@ class TargetModel:
     """
 
     dims: DecoderDims
-    target_layer_ids: tuple[int, ...]
+    captured_layers: tuple[int, ...]
     dtype: Any
 
-    def empty_cache(self, batch: int, slots: int) -> Any:
+    def empty_cache(self, batch: int, num_slots: int) -> Any:
         """Zero caches, one per layer of a unit, stacked over the group's repeats."""
 
         def zeros(array: CacheArray, repeats: int) -> jax.Array:
@@ -115,7 +115,9 @@ class TargetModel:
                     {name: zeros(array, group.repeats) for name, array in arrays.items()}
                     for arrays in unit
                 )
-                for group, unit in zip(self._layer_groups, self._cache_arrays(slots), strict=True)
+                for group, unit in zip(
+                    self._layer_groups, self._cache_arrays(num_slots), strict=True
+                )
             )
         )
 
@@ -132,20 +134,20 @@ class TargetModel:
         tokens: jax.Array,  # int [B, S]
         context: CachedContext,
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """Reads tokens -> aux_hidden_states [B, S, K * H], last_hidden_state [B, S, H], cache."""
+        """Reads tokens -> aux_hidden_states [B, S, C * H], last_hidden_state [B, S, H], cache."""
         embeddings = self.embed(params, tokens)
         aux_hidden_states, last_hidden_state, cache = decoder.run_layers(
-            params, embeddings, self.dims, self.target_layer_ids, context, cache
+            params, embeddings, self.dims, self.captured_layers, context, cache
         )
         return aux_hidden_states, last_hidden_state, self._placed(cache)
 
     @property
     def _layer_groups(self) -> tuple[LayerGroup, ...]:
-        return layer_groups(self.dims.layers, self.target_layer_ids)
+        return layer_groups(self.dims.layers, self.captured_layers)
 
-    def _cache_arrays(self, slots: int) -> tuple[tuple[dict[str, CacheArray], ...], ...]:
+    def _cache_arrays(self, num_slots: int) -> tuple[tuple[dict[str, CacheArray], ...], ...]:
         return tuple(
-            tuple(_cache_arrays(layer.mixer, self.dtype, slots) for layer in group.unit)
+            tuple(_cache_arrays(layer.mixer, self.dtype, num_slots) for layer in group.unit)
             for group in self._layer_groups
         )
 
@@ -153,7 +155,7 @@ class TargetModel:
         """The cache split over the devices: prompts as the target's batch, heads as its heads."""
         return jax.tree.map(
             lambda array, x: constrain(x, None, "target_batch", *array.axes),
-            self._cache_arrays(slots=0),
+            self._cache_arrays(num_slots=0),
             cache,
             is_leaf=lambda x: isinstance(x, CacheArray),
         )
@@ -169,26 +171,26 @@ class CacheArray:
 
 
 def _cache_arrays(
-    mixer: Attention | MLA | DeltaNet, dtype: Any, slots: int
+    mixer: Attention | MLA | DeltaNet, dtype: Any, num_slots: int
 ) -> dict[str, CacheArray]:
     match mixer:
         case Attention(num_kv_heads=heads, head_dim=size):
-            keys = CacheArray((slots, heads, size), (None, "target_kv_heads", None), dtype)
+            keys = CacheArray((num_slots, heads, size), (None, "target_kv_heads", None), dtype)
             return {"keys": keys, "values": keys}
         case MLA():
             axes = (None, "target_heads", None)
             size = mixer.qk_nope_head_dim + mixer.qk_rope_head_dim
             return {
-                "keys": CacheArray((slots, mixer.num_heads, size), axes, dtype),
-                "values": CacheArray((slots, mixer.num_heads, mixer.v_head_dim), axes, dtype),
+                "keys": CacheArray((num_slots, mixer.num_heads, size), axes, dtype),
+                "values": CacheArray((num_slots, mixer.num_heads, mixer.v_head_dim), axes, dtype),
             }
         case DeltaNet(num_v_heads=heads):
             channels = 2 * mixer.num_k_heads * mixer.k_dim + heads * mixer.v_dim
             state = (heads, mixer.k_dim, mixer.v_dim)
             return {
-                "x": CacheArray((slots, channels), (None, None), dtype),
-                "log_decay": CacheArray((slots, heads), (None, None), jnp.float32),
-                "beta": CacheArray((slots, heads), (None, None), dtype),
+                "x": CacheArray((num_slots, channels), (None, None), dtype),
+                "log_decay": CacheArray((num_slots, heads), (None, None), jnp.float32),
+                "beta": CacheArray((num_slots, heads), (None, None), dtype),
                 "state": CacheArray(state, (None, None, None), jnp.float32),
                 "read": CacheArray((), (), jnp.int32),
             }

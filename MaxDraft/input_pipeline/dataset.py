@@ -27,8 +27,8 @@ class Documents:
     """
 
     encoded: Encoded
-    ids: np.ndarray  # int64 [C], ascending
-    weights: np.ndarray  # float64 [C], copies per epoch
+    ids: np.ndarray  # int64 [conversations], ascending
+    weights: np.ndarray  # float64 [conversations], copies per epoch
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,12 +43,12 @@ class Documents:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [C], tokens of each."""
+        """int64 [conversations], tokens of each."""
         return np.diff(self.encoded.columns["offsets"])[self.ids]
 
     @property
     def assistant_lengths(self) -> np.ndarray:
-        """int64 [C], tokens the assistant wrote."""
+        """int64 [conversations], tokens the assistant wrote."""
         return self.encoded.columns["assistant"][self.ids].astype(np.int64)
 
     @property
@@ -176,7 +176,9 @@ def mixture_weights(
 
 
 def held_out_mask(hashes: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
-    """bool [C]: which conversations are held out, by the hash of their messages (uint64 [C]).
+    """bool [conversations]: which of them are held out, by the hash of their messages.
+
+    hashes: uint64 [conversations].
 
     Equal conversations fall on the same side, adding files moves no conversation from one side to
     the other, and neither side is empty. DataError: fewer than two different conversations.

@@ -1,12 +1,14 @@
 """Encoded conversations on disk: written once, memory-mapped ever after, checked by checksums.
 
-tokens.npy          int32 [N]       all conversations, one after the other, truncated
-turn_ids.npy        uint16 [N]      0, or the assistant turn within the conversation
-offsets.npy         int64 [C + 1]   where each conversation begins
-assistant.npy       int32 [C]       how many of its tokens the assistant wrote
-content_hash.npy    uint64 [C]      hash of its messages
-file_set.npy        int32 [C]       which part of the file specification it comes from
-cut.npy             bool [C]        longer than max_target_length before it was truncated
+n conversations:
+
+tokens.npy          int32 [tokens]  all conversations, one after the other, truncated
+turn_ids.npy        uint16 [tokens] 0, or the assistant turn within the conversation
+offsets.npy         int64 [n + 1]   where each conversation begins
+assistant.npy       int32 [n]       how many of its tokens the assistant wrote
+content_hash.npy    uint64 [n]      hash of its messages
+file_set.npy        int32 [n]       which part of the file specification it comes from
+cut.npy             bool [n]        longer than max_target_length before it was truncated
 report.json         what was read, what was left out and why; checksums of all this
 """
 

@@ -1,6 +1,7 @@
 """Attention: blockwise for training, over a cache for decoding.
 
-B batch, R queries, T keys, N query heads, M key/value heads (GQA), G = N / M, d head size.
+B batch, R queries, T keys, N query heads, M key/value heads (GQA), G = N / M, d head size; over a
+cache S queries and `slots` keys.
 
 Documents lie packed one after the other, so the keys that a query sees are an interval,
 [first, last]: from the start of its document, of its window or of its chunk, up to itself. Every
@@ -194,13 +195,13 @@ def merge_own_keys(
 # ----------------------------------------------------------------------------------- over a cache
 def cached_attention(
     q: jax.Array,  # [B, S, N, d]
-    k_cache: jax.Array,  # [B, C, M, d]
-    v_cache: jax.Array,  # [B, C, M, dv]
-    visible: jax.Array,  # bool [B, S, C] the cache slots that each query sees, its own included
+    k_cache: jax.Array,  # [B, slots, M, d]
+    v_cache: jax.Array,  # [B, slots, M, dv]
+    visible: jax.Array,  # bool [B, S, slots] the cache slots that each query sees, its own included
     *,
     scoring: Scoring = PLAIN,
     positions: jax.Array | None = None,  # int [B, S] of the queries; needed for windows and chunks
-    slot_positions: jax.Array | None = None,  # int [B, C] of the tokens in the slots; likewise
+    slot_positions: jax.Array | None = None,  # int [B, slots] of the tokens in the slots; likewise
     sinks: jax.Array | None = None,  # [N]
 ) -> jax.Array:  # [B, S, N, dv]
     """Attention over a KV cache; softmax in float32.
@@ -224,7 +225,7 @@ def cached_attention(
 
 
 def write_slots(
-    cache: tuple[jax.Array, ...],  # each [B, C, ...]
+    cache: tuple[jax.Array, ...],  # each [B, slots, ...]
     new: tuple[jax.Array, ...],  # each [B, S, ...]
     slots: jax.Array,  # int [B, S]
 ) -> tuple[jax.Array, ...]:
@@ -236,12 +237,12 @@ def write_slots(
 
 
 def read_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
-    """x [B, C, ...], slots int [B] or [B, S] -> what stands there, [B, ...] or [B, S, ...]."""
+    """x [B, slots, ...], slots int [B] or [B, S] -> what stands there, [B, ...] or [B, S, ...]."""
     return jax.vmap(lambda row, index: row[index])(x, slots)
 
 
 def slots_up_to(last: jax.Array, num_slots: int) -> jax.Array:
-    """int [...] -> bool [..., C]: the slots 0 to `last`, for caches where text lies in order."""
+    """int [...] -> bool [..., slots]: the slots 0 to `last`, where a cache holds text in order."""
     return jnp.arange(num_slots) <= last[..., None]
 
 
@@ -253,7 +254,7 @@ def _scores(equation: str, q: jax.Array, k: jax.Array, scoring: Scoring) -> jax.
 
 
 def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
-    """Softmax of float32 [B, M, G, Q, K] over the last axis, to which sinks [N] add their share."""
+    """Softmax of float32 [B, M, G, S, slots] over the last axis; sinks [N] add their share."""
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
     sinks = sinks.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)

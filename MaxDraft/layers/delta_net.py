@@ -9,7 +9,7 @@ Decoding computes this step. The forward pass over packed documents, of a frozen
 chunk of tokens at a time: the corrections u that a chunk writes, each of which depends on those
 before it, solve one triangular system (section 3.3). A document starts with an empty state.
 
-B batch, T sequence, Z chunks of C tokens, N heads, dk and dv head sizes, W taps.
+B batch, T sequence, Z chunks of Q tokens, N heads, dk and dv head sizes, W taps.
 """
 
 import functools
@@ -25,10 +25,10 @@ _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def causal_conv(
-    x: jax.Array,  # [B, T, C]
-    weight: jax.Array,  # [W, C], the last row is the token's own
+    x: jax.Array,  # [B, T, conv_dim]
+    weight: jax.Array,  # [W, conv_dim], the last row is the token's own
     segment_ids: jax.Array,  # int [B, T]
-) -> jax.Array:  # [B, T, C] in x's dtype
+) -> jax.Array:  # [B, T, conv_dim] in x's dtype
     """silu(sum_w weight[w] x[t - (W - 1) + w]) over the tokens of t's own document."""
     length = x.shape[1]
 
@@ -58,13 +58,13 @@ def gated_delta_rule(
     """
 
     def chunks(x: jax.Array) -> jax.Array:
-        """[B, T, N, ...] -> float32 [Z, B, N, C, ...]"""
+        """[B, T, N, ...] -> float32 [Z, B, N, Q, ...]"""
         return jnp.moveaxis(split_length(x.astype(jnp.float32), chunk), 3, 2)
 
     length, dtype = v.shape[1], v.dtype
     q, k = _normalize(q, k)
     q, k, v, log_decay, beta = (chunks(x) for x in (q, k, v, log_decay, beta))
-    segments = split_length(segment_ids, chunk)  # [Z, B, C]
+    segments = split_length(segment_ids, chunk)  # [Z, B, Q]
     decay, carried = _decays(log_decay, segments)
 
     # Token i corrects what it reads at k_i of the old state S and of the corrections u_j before it:
@@ -94,17 +94,17 @@ def gated_delta_rule(
 
 
 def _decays(
-    log_decay: jax.Array,  # float32 [Z, B, N, C]
-    segments: jax.Array,  # int [Z, B, C]
+    log_decay: jax.Array,  # float32 [Z, B, N, Q]
+    segments: jax.Array,  # int [Z, B, Q]
 ) -> tuple[jax.Array, jax.Array]:
-    """-> decay [Z, B, N, C, C] from after token j to token i, carried [Z, B, N, C] from the state
+    """-> decay [Z, B, N, Q, Q] from after token j to token i, carried [Z, B, N, Q] from the state
     that the chunk before left to token i; zero from one document to another.
     """
     lower = jnp.tri(segments.shape[-1])
     # The logarithms between j and i are summed themselves: the difference of two running sums would
     # have the rounding error of those sums, which are larger.
     between = _product("im,zbnm,mj->zbnij", lower, log_decay, jnp.tri(lower.shape[0], k=-1))
-    visible = (segments[..., :, None] == segments[..., None, :]) & (lower > 0)  # [Z, B, C, C]
+    visible = (segments[..., :, None] == segments[..., None, :]) & (lower > 0)  # [Z, B, Q, Q]
     decay = jnp.where(visible[:, :, None], jnp.exp(between), 0)
     # The first chunk is compared with the last by the roll; its state is empty, so that whatever
     # comes of the comparison does not matter.

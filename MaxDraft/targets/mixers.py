@@ -37,7 +37,7 @@ class Context(Protocol):
         """q [B, T, N, d], k [B, T, M, d], v [B, T, M, dv] -> [B, T, N, dv], new cache."""
 
     def recur(self, x, conv, log_decay, beta, dims: DeltaNet, cache) -> tuple[jax.Array, Any]:
-        """x [B, T, C] before the convolution, decays [B, T, N] -> [B, T, N, dv], new cache."""
+        """x [B, T, conv_dim] to be convolved, decays [B, T, N] -> [B, T, N, dv], new cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def delta_net(
 
 
 def split_heads(x: jax.Array, a: DeltaNet) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Convolved [..., C] -> q, k [..., Nv, dk], v [..., Nv, dv]; key heads repeated."""
+    """Convolved [..., conv_dim] -> q, k [..., Nv, dk], v [..., Nv, dv]; key heads repeated."""
     k_size = a.num_k_heads * a.k_dim
     q, k, v = jnp.split(x, [k_size, 2 * k_size], axis=-1)
 

@@ -5,8 +5,8 @@ drafts x[i+2]. While a chain is drafted there are no aux hidden states yet: the 
 own output at the position before. Decoding calls these functions through the DecodeDrafter of
 decoding/drafter.py.
 
-B batch, S positions, C cache slots, K captured layers, H hidden size, D draft vocabulary,
-V vocabulary, N drafts of a chain.
+B batch, S positions, `slots` of the cache, C captured layers, H hidden size, D draft vocabulary,
+V vocabulary, gamma drafts of a chain (Leviathan et al. 2023).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from MaxDraft.layers.attention import cached_attention, write_slots
 from MaxDraft.layers.params import Tree
 from MaxDraft.sharding import constrain
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values [B, C, M, d]
+Cache = tuple[jax.Array, jax.Array]  # keys and values [B, slots, M, d]
 
 
-def empty_cache(dims: HeadDims, batch: int, slots: int, dtype: Any) -> Cache:
-    """Zeros: keys and values [B, C, M, d]."""
-    zeros = jnp.zeros((batch, slots, dims.num_kv_heads, dims.head_dim), dtype)
+def empty_cache(dims: HeadDims, batch: int, num_slots: int, dtype: Any) -> Cache:
+    """Zeros: keys and values [B, slots, M, d]."""
+    zeros = jnp.zeros((batch, num_slots, dims.num_kv_heads, dims.head_dim), dtype)
     zeros = constrain(zeros, "draft_batch", None, None, None)
     return zeros, zeros
 
@@ -38,10 +38,10 @@ def absorb(
     dims: HeadDims,
     cache: Cache,
     next_embeddings: jax.Array,  # [B, S, H] of x[i+1] at position i
-    aux_hidden_states: jax.Array,  # [B, S, K * H] of the target at x[i]
+    aux_hidden_states: jax.Array,  # [B, S, C * H] of the target at x[i]
     slots: jax.Array,  # int [B, S] where the keys and values are written
     positions: jax.Array,  # int [B, S] of the rotary embedding
-    visible: jax.Array,  # bool [B, S, C] the slots that each position sees, its own included
+    visible: jax.Array,  # bool [B, S, slots] the slots that each position sees, its own included
 ) -> tuple[jax.Array, Cache]:
     """Reads tokens that the target has verified -> outputs [B, S, H], cache.
 
@@ -59,14 +59,14 @@ def draft(
     embed: Callable[[jax.Array], jax.Array],  # token ids int [B, S] -> [B, S, H]
     state: jax.Array,  # [B, H], absorb's output at the last committed position
     token: jax.Array,  # int [B] the last committed token, whose embedding `state` has read
-    slots: jax.Array,  # int [B] the first free slot; the N - 1 slots from there on are written
+    slots: jax.Array,  # int [B] the first free slot; the gamma - 1 slots from there on are written
     positions: jax.Array,  # int [B] the position of `token`
-    visible: jax.Array,  # bool [B, C] the slots of the committed positions
+    visible: jax.Array,  # bool [B, slots] the slots of the committed positions
     choose: Callable[[int, jax.Array], tuple[jax.Array, jax.Array | None]],
-    num_draft_tokens: int,  # N
+    num_draft_tokens: int,  # gamma
     recurrent_position_offset: int = 0,
 ) -> tuple[jax.Array, jax.Array | None, Cache]:
-    """A chain -> drafts int32 [B, N], what they were drawn from float32 [B, N, V], cache.
+    """A chain -> drafts int32 [B, gamma], what they were drawn from float32 [B, gamma, V], cache.
 
     choose: (number of the draft, logits [B, D]) -> target's token ids [B], and the distribution
         [B, V] that they were drawn from; None where the largest logit was taken.

@@ -4,16 +4,17 @@ A second implementation on purpose: it shares nothing with MaxDraft but the fold
 mistake in either shows. As in the engines, tensors are [out, in], rope comes from the top-level
 fields of config.json only, with theta 10000 where there is none, and d2t is added to the draft id.
 
-    prefill   row i reads [norm(embedding of x[i+1]), norm(fc(features[i]))], i = 0..R-1
-    step 0    logits of the last row
-    step k    reads x[R+k] and its own output of step k-1, one position further on
+    prefill   position i reads [norm(embedding of x[i+1]), norm(fc(aux_hidden_states[i]))], i < T
+    step 0    logits of the last position
+    step k    reads x[T+k] and its own output of step k-1, one position further on
 
 EAGLE-3.1 (arXiv:2605.09992), two flags of config.json:
 
-    fc_norm       fc reads the three captured features, each with an RMSNorm of its own before
+    fc_norm       fc reads the aux hidden states of three layers, each behind an RMSNorm of its own
     norm_output   y = norm(state) is the output: lm_head reads it as it is, and so does step k
 
-R rows, K steps, S new rows, H hidden size, D draft vocabulary, M key/value heads, d head size.
+T positions of the prefill, K steps, S new positions, H hidden size, D draft vocabulary, N query
+heads, M key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ class NumpyTwin:
 
     def logits(
         self,
-        embeddings: np.ndarray,  # float32 [R + K, H] of x[0..R+K-1]; x[0] is never read
-        features: np.ndarray,  # float32 [R, 3H]
-        positions: np.ndarray,  # int [R]
+        embeddings: np.ndarray,  # float32 [T + K, H] of x[0..T+K-1]; x[0] is never read
+        aux_hidden_states: np.ndarray,  # float32 [T, 3H]
+        positions: np.ndarray,  # int [T]
         steps: int,
         recurrent_position_offset: int = 0,
     ) -> np.ndarray:  # float32 [K, D]
-        """Logits of a chain of K drafts from the last row.
+        """Logits of a chain of K drafts from the last position.
 
         recurrent_position_offset: added to the positions from step 1 on, where the head reads its
         own output: 0 in vLLM and SGLang, 1 in sglang-jax.
         """
-        R = len(features)
+        T = len(aux_hidden_states)
         keys = values = None
-        state, read, position = self._fused(features), embeddings[1 : R + 1], positions
+        state, read, position = self._fused(aux_hidden_states), embeddings[1 : T + 1], positions
         logits = []
         for k in range(steps):
             state, keys, values = self._layer(read, state, position, keys, values)
@@ -74,15 +75,15 @@ class NumpyTwin:
                 state = normed
             logits.append(normed[0] @ self._weights["lm_head.weight"].T)
             position = positions[-1:] + 1 + k + recurrent_position_offset
-            read = embeddings[R + k + 1 : R + k + 2]
+            read = embeddings[T + k + 1 : T + k + 2]
         return np.stack(logits)
 
-    def _fused(self, features: np.ndarray) -> np.ndarray:
+    def _fused(self, aux_hidden_states: np.ndarray) -> np.ndarray:
         if self.config.get("fc_norm"):
-            parts = np.split(features, 3, axis=-1)
+            parts = np.split(aux_hidden_states, 3, axis=-1)
             parts = [self._norm(part, f"fc_norm.{k}.weight") for k, part in enumerate(parts)]
-            features = np.concatenate(parts, axis=-1)
-        return features @ self._weights["fc.weight"].T
+            aux_hidden_states = np.concatenate(parts, axis=-1)
+        return aux_hidden_states @ self._weights["fc.weight"].T
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + self._eps) * self._weights[name]
@@ -100,7 +101,7 @@ class NumpyTwin:
         return self._attention_scaling * rotated
 
     def _layer(self, read, state, positions, keys, values):
-        """New rows [S, H] over the cache -> (residual stream [S, H], keys, values [., M, d])."""
+        """New positions [S, H] over the cache -> residual stream [S, H], keys, values [., M, d]."""
         x = np.concatenate(
             [
                 self._norm(read, "midlayer.input_layernorm.weight"),
@@ -123,16 +124,16 @@ class NumpyTwin:
         return state + (silu * up) @ down.T, keys, values
 
     def _attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Causal attention of the last rows [S, N, d] over all rows' keys [., M, d]."""
+        """Causal attention of the last positions [S, N, d] over all positions' keys [., M, d]."""
         group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         attended = np.empty_like(q)
         before = len(keys) - len(q)
-        for row in range(len(q)):
+        for i in range(len(q)):
             for head in range(q.shape[1]):
-                scores = keys[: before + row + 1, head // group] @ q[row, head]
+                scores = keys[: before + i + 1, head // group] @ q[i, head]
                 weights = np.exp((scores - scores.max()) / np.float32(math.sqrt(q.shape[-1])))
-                mixed = weights @ values[: before + row + 1, head // group]
-                attended[row, head] = mixed / weights.sum()
+                mixed = weights @ values[: before + i + 1, head // group]
+                attended[i, head] = mixed / weights.sum()
         return attended
 
 

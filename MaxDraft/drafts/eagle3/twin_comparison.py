@@ -21,8 +21,8 @@ from MaxDraft.drafts.eagle3.numpy_twin import NumpyTwin
 from MaxDraft.drafts.eagle3.rollout import rollout_everywhere
 from MaxDraft.layers.params import Tree
 
-CHAIN_ROWS = (1, 4, 9, 16)  # rows before each chain
-POSITIONS = 512  # the rows lie this far apart at most: far enough to see a lost rope scaling
+CHAIN_STARTS = (1, 4, 9, 16)  # positions before each chain
+POSITIONS = 512  # positions are drawn below this: far enough to see a lost rope scaling
 
 
 def differences(
@@ -31,22 +31,24 @@ def differences(
     """-> chain and step: max |twin - trained| / rms(trained) of its logits [D]."""
     twin = NumpyTwin(folder)
     rng = np.random.default_rng(seed)
-    rows, H = max(CHAIN_ROWS), dims.hidden_size
-    embeddings = rng.standard_normal((rows + steps, H), np.float32)
-    features = rng.standard_normal((rows + steps, NUM_CAPTURED * H), np.float32)
-    positions = np.sort(rng.choice(POSITIONS, rows + steps, replace=False)).astype(np.int32)
+    length, H = max(CHAIN_STARTS), dims.hidden_size
+    embeddings = rng.standard_normal((length + steps, H), np.float32)
+    aux_hidden_states = rng.standard_normal((length + steps, NUM_CAPTURED * H), np.float32)
+    positions = np.sort(rng.choice(POSITIONS, length + steps, replace=False)).astype(np.int32)
     rounded = jax.tree.map(
         lambda x: np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32), params
     )
     with jax.default_matmul_precision("highest"):
-        trained = _chain_logits(rounded, embeddings, features, positions, dims, steps)
+        trained = _chain_logits(rounded, embeddings, aux_hidden_states, positions, dims, steps)
     result = {}
-    for R, ours in zip(CHAIN_ROWS, np.asarray(trained), strict=True):
-        theirs = twin.logits(embeddings[: R + steps], features[:R], positions[:R], steps)
+    for start, ours in zip(CHAIN_STARTS, np.asarray(trained), strict=True):
+        theirs = twin.logits(
+            embeddings[: start + steps], aux_hidden_states[:start], positions[:start], steps
+        )
         for k in range(steps):
             scale = max(float(np.sqrt(np.mean(ours[k] ** 2))), np.finfo(np.float32).tiny)
             difference = float(np.abs(theirs[k] - ours[k]).max()) / scale
-            result[f"a chain after {R} rows, step {k}"] = difference
+            result[f"a chain after {start} positions, step {k}"] = difference
     return result
 
 
@@ -54,15 +56,17 @@ def differences(
 def _chain_logits(
     params: Tree,
     embeddings: jax.Array,  # [T, H]
-    features: jax.Array,  # [T, 3H]
+    aux_hidden_states: jax.Array,  # [T, 3H]
     positions: jax.Array,  # int [T]
     dims: HeadDims,
     steps: int,
 ) -> jax.Array:  # [chains, K, D]
-    """Logits of the training rollout at the last row before each chain, in float32."""
+    """Logits of the training rollout at the last position before each chain, in float32."""
     T = len(embeddings)
     one_document = jnp.ones((1, T), jnp.int32)
-    inputs = DraftInputs.from_rows(embeddings[None], features[None], positions[None], one_document)
+    inputs = DraftInputs.from_rows(
+        embeddings[None], aux_hidden_states[None], positions[None], one_document
+    )
     states = rollout_everywhere(params, dims, inputs, steps, T)
-    last = jnp.asarray(CHAIN_ROWS) - 1
+    last = jnp.asarray(CHAIN_STARTS) - 1
     return jnp.stack([head.logits(params, dims, state[last]) for state in states], axis=1)
