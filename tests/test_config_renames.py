@@ -121,3 +121,14 @@ def test_a_run_under_a_removed_key_cannot_be_resumed():
 def test_keys_that_may_change_do_not_keep_a_run_from_resuming():
     now = init().as_dict()
     assert pyconfig.resume_differences(now | {"log_period": 3, "profiler": "xplane"}, now) == []
+
+
+def test_the_documentation_lists_what_maxtext_names_otherwise():
+    page = (BASE.parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for key, answer in config_renames.MAXTEXT_KEYS.items():
+        assert f"| `{key}` | {answer} |" in page
+    for key, values in config_renames.MAXTEXT_VALUES.items():
+        for value, answer in values.items():
+            assert f"| `{key}={value}` | {answer} |" in page
+    for name, ours in config_renames.MAXTEXT_MODELS.items():
+        assert f"| `model_name={name}` | it is {ours} here |" in page
