@@ -21,7 +21,8 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 
-# Bytes of memory. An H200 is the processor of an H100 SXM with more of it.
+# Bytes of memory. An H200 is an H100 SXM with more memory. The first number is h100_sxm.txtpb's, of
+# the specs that are named below; the second is h200.txtpb's 151,397,597,184, rounded down.
 GPU_MEMORY = {"h100": 84_929_347_584, "h200": 150_000_000_000}
 
 # What XLA's compiler asks of a GPU (xla/backends/gpu/target_config/specs of openxla/xla).

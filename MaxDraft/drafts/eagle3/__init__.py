@@ -1,1 +1,1 @@
-"""EAGLE-3: one Llama layer that reads captured features of the target."""
+"""EAGLE-3: one Llama layer that reads aux hidden states of the target."""
