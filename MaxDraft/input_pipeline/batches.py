@@ -1,7 +1,9 @@
 """Packed rows -> this host's batches, prepared ahead by Grain's threads or worker processes.
 
-    global batch b = rows[b * G : (b + 1) * G]       the same on one host and on many
-    host h of H    = its h-th contiguous H-th of every global batch
+    global batch b = rows[b * global_batch_size : (b + 1) * global_batch_size]
+    host h         = the h-th contiguous part of every global batch, of num_hosts equal ones
+
+Global batches are the same on one host and on many.
 
 Training drops the rows at the very end of the run that do not fill a global batch; evaluation fills
 them up with empty rows, so that every row counts exactly once. The position in the data is one
@@ -31,7 +33,7 @@ READ_THREADS = 4  # copying memory-mapped tokens: more would only wait for each 
 class HostBatches:
     """Random access to one host's part of every global batch.
 
-    batches[b] -> int32 [G / H, T] each:
+    batches[b] -> int32 [global_batch_size / num_hosts, T] each:
         tokens        0 at pads
         segment_ids   1, 2, ... for the documents of the row, 0 at pads
         positions     0, 1, ... within the document, 0 at pads
@@ -42,28 +44,33 @@ class HostBatches:
     documents: Documents
     rows: Rows
     max_target_length: int
-    global_batch_size: int  # G, rows
-    host: int = 0  # h
-    num_hosts: int = 1  # H
+    global_batch_size: int  # rows
+    host: int = 0
+    num_hosts: int = 1
     pad_last: bool = False  # evaluation: the last global batch may hold empty rows
 
     def __post_init__(self) -> None:
-        G, H = self.global_batch_size, self.num_hosts
-        if G < 1 or H < 1 or G % H:
-            raise DataError(f"a global batch of {G} rows cannot be shared evenly by {H} hosts")
-        if not 0 <= self.host < H:
-            raise DataError(f"there is no host {self.host} among {H} (0 to {H - 1})")
+        batch_size, num_hosts = self.global_batch_size, self.num_hosts
+        if batch_size < 1 or num_hosts < 1 or batch_size % num_hosts:
+            raise DataError(
+                f"a global batch of {batch_size} rows cannot be shared evenly by {num_hosts} hosts"
+            )
+        if not 0 <= self.host < num_hosts:
+            raise DataError(
+                f"there is no host {self.host} among {num_hosts} (0 to {num_hosts - 1})"
+            )
         if not len(self):
             raise DataError(
                 f"the data packs into {len(self.rows)} rows of {self.max_target_length} tokens, "
-                f"fewer than one global batch of {G}; raise num_epoch, give more data, or lower "
-                f"per_device_batch_size or gradient_accumulation_steps"
+                f"fewer than one global batch of {batch_size}; raise num_epoch, give more data, or "
+                f"lower per_device_batch_size or gradient_accumulation_steps"
             )
 
     def __len__(self) -> int:
         """Global batches of the whole run."""
-        G = self.global_batch_size
-        return -(-len(self.rows) // G) if self.pad_last else len(self.rows) // G
+        batch_size = self.global_batch_size
+        full = len(self.rows) // batch_size
+        return -(-len(self.rows) // batch_size) if self.pad_last else full
 
     def __getitem__(self, batch: int) -> Batch:
         if not 0 <= batch < len(self):

@@ -26,8 +26,8 @@ WINDOW = 4096  # documents
 class Rows:
     """Which documents stand in which row: row r holds documents[offsets[r] : offsets[r + 1]]."""
 
-    documents: np.ndarray  # int64 [N]
-    offsets: np.ndarray  # int64 [R + 1]
+    documents: np.ndarray  # int64 [documents]
+    offsets: np.ndarray  # int64 [rows + 1]
     epoch_ends: tuple[int, ...] = ()  # number of rows when each epoch has ended
 
     def __len__(self) -> int:

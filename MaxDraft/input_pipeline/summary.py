@@ -125,8 +125,8 @@ def summarize(
         ignored_fields.update(encoded.report.ignored_fields)
     if dataset.also_held_out:
         left_out["in the training files and in the eval files"] = dataset.also_held_out
-    R = rows.epoch_ends[0]
-    real = int(dataset.train.lengths[rows.documents[: rows.offsets[R]]].sum())
+    num_rows = rows.epoch_ends[0]
+    real = int(dataset.train.lengths[rows.documents[: rows.offsets[num_rows]]].sum())
     return Summary(
         records_read=sum(report.records for report in reports),
         records_skipped=sum(report.skipped_records for report in reports),
@@ -140,8 +140,8 @@ def summarize(
         train=Side.from_documents(dataset.train),
         held_out=Side.from_documents(dataset.held_out),
         max_target_length=max_target_length,
-        rows_first_epoch=R,
-        packing_efficiency=real / (R * max_target_length),
+        rows_first_epoch=num_rows,
+        packing_efficiency=real / (num_rows * max_target_length),
         coverage=coverage,
     )
 

@@ -1,6 +1,6 @@
 """The products of a mixture of experts: tokens sorted by expert, each expert's rows at once.
 
-The P = N * k pairs of a token and an expert are sorted by expert, so that an expert's rows lie
+The L * k pairs of a token and an expert are sorted by expert, so that an expert's rows lie
 together and are multiplied with its matrices at once; no pair is dropped and no expert sees a token
 that did not choose it. How the sorted rows are multiplied depends on the platform:
     TPU         jax.lax.ragged_dot, which XLA lowers to a grouped matmul over the rows that exist
@@ -8,7 +8,7 @@ that did not choose it. How the sorted rows are multiplied depends on the platfo
                 every row with every expert and mask the result: E times the work. That is so on
                 GPUs too, where the grouped kernels stand behind experimental flags.
 
-N tokens, k experts of a token, P pairs, S slots, E experts, H hidden size, I intermediate size.
+L tokens, k experts of a token, E experts, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Experts:
 
 
 def chosen_experts(
-    x: jax.Array,  # [N, H]
-    chosen: jax.Array,  # int [N, k]
-    weights: jax.Array,  # float32 [N, k]
+    x: jax.Array,  # [L, H]
+    chosen: jax.Array,  # int [L, k]
+    weights: jax.Array,  # float32 [L, k]
     w: Tree,
     dims: Experts,
     first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Weighted sum [N, H] float32 over a token's experts, of those that w holds.
+    """Weighted sum [L, H] float32 over a token's experts, of those that w holds.
 
     w holds the experts `first`, first + 1, ...: on a mesh a device has a part of them.
     """
@@ -81,28 +81,30 @@ def chosen_experts(
 
 def by_ragged_dot(x, chosen, weights, w, dims: Experts) -> jax.Array:
     """chosen_experts with all sorted rows at once; experts that w does not hold have no rows."""
-    slots = sort_by_expert(chosen, num_held(w), 1)
+    sorted_pairs = sort_by_expert(chosen, num_held(w), 1)
 
     def product(rows, weight):
         return jax.lax.ragged_dot(
-            rows, weight, slots.counts, preferred_element_type=jnp.float32
-        )  # [P, out]
+            rows, weight, sorted_pairs.counts, preferred_element_type=jnp.float32
+        )  # [pairs, out]
 
     def multiply(rows, weight, bias):
         if isinstance(weight, Quantized):
             y = quantized.multiply(rows, weight, product)
         else:
             y = product(rows, weight.astype(rows.dtype)).astype(rows.dtype)
-        return y if bias is None else y + bias.astype(rows.dtype)[slots.expert]
+        return y if bias is None else y + bias.astype(rows.dtype)[sorted_pairs.expert]
 
-    rows = _rows(x, weights, slots.pair, dims)
-    return _combine(_mlp(rows, w, dims.activation, multiply), slots, chosen, weights, w, dims)
+    rows = _rows(x, weights, sorted_pairs.pair, dims)
+    return _combine(
+        _mlp(rows, w, dims.activation, multiply), sorted_pairs, chosen, weights, w, dims
+    )
 
 
 def in_blocks(x, chosen, weights, w, dims: Experts) -> jax.Array:
     """chosen_experts, one block of rows of one expert at a time; see by_ragged_dot."""
     size = block_rows(chosen.size, dims.num_experts)
-    slots = sort_by_expert(chosen, num_held(w), size)
+    sorted_pairs = sort_by_expert(chosen, num_held(w), size)
 
     def block(which):
         expert, pair = which
@@ -118,8 +120,8 @@ def in_blocks(x, chosen, weights, w, dims: Experts) -> jax.Array:
             expert < num_held(w), result, lambda: jnp.zeros((size, x.shape[-1]), x.dtype)
         )
 
-    y = jax.lax.map(block, (slots.expert[::size], slots.pair.reshape(-1, size)))
-    return _combine(y.reshape(-1, x.shape[-1]), slots, chosen, weights, w, dims)
+    y = jax.lax.map(block, (sorted_pairs.expert[::size], sorted_pairs.pair.reshape(-1, size)))
+    return _combine(y.reshape(-1, x.shape[-1]), sorted_pairs, chosen, weights, w, dims)
 
 
 def block_rows(pairs: int, num_experts: int) -> int:
@@ -136,21 +138,21 @@ def block_rows(pairs: int, num_experts: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots:
-    """The places of the pairs when they are sorted by expert, S >= P of them.
+class SortedPairs:
+    """The pairs sorted by expert, each in a place; there are as many places as pairs or more.
 
-    The slots of an expert beyond its pairs repeat some pair, and their results are not read.
+    The places of an expert beyond its pairs repeat some pair, and their results are not read.
     """
 
-    pair: jax.Array  # int [S]: token * k + j
-    expert: jax.Array  # int [S]; E: no expert, up to the end
-    of_pair: jax.Array  # int [P]: slot, for pairs whose expert is one of the E
+    pair: jax.Array  # int [places]: token * k + j
+    expert: jax.Array  # int [places]; E: no expert, up to the end
+    of_pair: jax.Array  # int [pairs]: place, for pairs whose expert is one of the E
     counts: jax.Array  # int [E]: pairs of an expert
 
 
-def sort_by_expert(chosen: jax.Array, E: int, size: int) -> Slots:
-    """Slots where every expert starts at a multiple of `size`."""
-    expert, P = chosen.reshape(-1), chosen.size
+def sort_by_expert(chosen: jax.Array, E: int, size: int) -> SortedPairs:
+    """Places where every expert starts at a multiple of `size`."""
+    expert, num_pairs = chosen.reshape(-1), chosen.size
     expert = jnp.where((expert >= 0) & (expert < E), expert, E)
     order = jnp.argsort(expert)
     counts = (expert[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
@@ -158,22 +160,22 @@ def sort_by_expert(chosen: jax.Array, E: int, size: int) -> Slots:
     padded_counts = -(-counts // size) * size
     ends = jnp.cumsum(padded_counts)
     starts = ends - padded_counts
-    # At most so many blocks hold P pairs: every expert's last block has a single one then.
-    slots = jnp.arange((P + min(E, P) * (size - 1)) // size * size)
-    owner = jnp.searchsorted(ends, slots, side="right", method="compare_all")
-    rank = slots - starts.at[owner].get(mode="clip")
+    # At most so many blocks hold the pairs: every expert's last block has a single one then.
+    places = jnp.arange((num_pairs + min(E, num_pairs) * (size - 1)) // size * size)
+    owner = jnp.searchsorted(ends, places, side="right", method="compare_all")
+    rank = places - starts.at[owner].get(mode="clip")
     source = before.at[owner].get(mode="clip") + rank
-    place = jnp.argsort(order) - before.at[expert].get(mode="clip")
-    return Slots(
+    rank_of_pair = jnp.argsort(order) - before.at[expert].get(mode="clip")
+    return SortedPairs(
         pair=order.at[source].get(mode="clip"),
         expert=owner,
-        of_pair=starts.at[expert].get(mode="clip") + place,
+        of_pair=starts.at[expert].get(mode="clip") + rank_of_pair,
         counts=counts,
     )
 
 
 def _rows(x: jax.Array, weights: jax.Array, pair: jax.Array, dims: Experts) -> jax.Array:
-    """The inputs [S, H] of the experts of these pairs."""
+    """The inputs [places, H] of the experts of these pairs."""
     rows = x[pair // weights.shape[1]]
     if dims.apply_router_weight_on_input:
         rows = rows * weights.reshape(-1)[pair, None].astype(x.dtype)
@@ -192,9 +194,9 @@ def _mlp(rows: jax.Array, w: Tree, activation: str, multiply: Callable) -> jax.A
     return multiply(inner, w["down"], w.get("down_bias"))
 
 
-def _combine(y, slots: Slots, chosen, weights, w, dims: Experts) -> jax.Array:
-    """The outputs y [S, H] of the slots' experts, summed for every token: [N, H] float32."""
-    y = y.at[slots.of_pair].get(mode="clip").reshape(*chosen.shape, -1).astype(jnp.float32)
+def _combine(y, sorted_pairs: SortedPairs, chosen, weights, w, dims: Experts) -> jax.Array:
+    """The outputs y [places, H] of the places' experts, summed for every token: [L, H] float32."""
+    y = y.at[sorted_pairs.of_pair].get(mode="clip").reshape(*chosen.shape, -1).astype(jnp.float32)
     if not dims.apply_router_weight_on_input:
         y = y * weights[:, :, None]
     held = (chosen >= 0) & (chosen < num_held(w))

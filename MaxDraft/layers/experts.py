@@ -8,7 +8,7 @@ devices between which the matrices are split, in a ring: a device adds the outpu
 for the tokens that are with it and passes both on, so that never more than one device's tokens,
 copied for k experts, lie in its memory.
 
-N tokens, k experts of a token, E experts, H hidden size, I intermediate size.
+L tokens, k experts of a token, E experts, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations

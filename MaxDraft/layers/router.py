@@ -4,7 +4,7 @@ DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) scores by a softmax and limits a t
 of its best groups; DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) scores by a sigmoid, with a bias
 that takes part in the choice only.
 
-N tokens, k experts of a token, E experts, H hidden size.
+L tokens, k experts of a token, E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Router:
 
 
 def route(x: jax.Array, w: Tree, router: Router) -> tuple[jax.Array, jax.Array]:
-    """x [N, H] -> chosen experts int32 [N, k], their weights float32 [N, k].
+    """x [L, H] -> chosen experts int32 [L, k], their weights float32 [L, k].
 
     Equal scores are chosen in the order of jax.lax.top_k. Logits and scores are float32 whatever
     x's dtype: so the reference code of DeepSeek, GLM and MiniMax computes them. That of Mixtral,
@@ -79,13 +79,13 @@ def route(x: jax.Array, w: Tree, router: Router) -> tuple[jax.Array, jax.Array]:
 
 
 def _in_best_groups(choice: jax.Array, router: Router) -> jax.Array:
-    """Scores [N, E], with -inf outside of a token's best groups.
+    """Scores [L, E], with -inf outside of a token's best groups.
 
     DeepSeek-V2's code has 0 in place of -inf. The scores of a softmax are positive, so that either
     is below all of them.
     """
-    groups = choice.reshape(len(choice), router.n_group, -1)  # [N, n_group, E / n_group]
+    groups = choice.reshape(len(choice), router.n_group, -1)  # [L, n_group, E / n_group]
     best = jax.lax.top_k(groups, 1 if router.group_score == "max" else 2)[0].sum(-1)
-    kept = jax.lax.top_k(best, router.topk_group)[1]  # [N, topk_group]
-    inside = (kept[:, :, None] == jnp.arange(router.n_group)).any(1)  # [N, n_group]
+    kept = jax.lax.top_k(best, router.topk_group)[1]  # [L, topk_group]
+    inside = (kept[:, :, None] == jnp.arange(router.n_group)).any(1)  # [L, n_group]
     return jnp.where(inside[:, :, None], groups, -jnp.inf).reshape(choice.shape)
