@@ -137,6 +137,16 @@ def test_fields_that_are_not_read_are_counted_by_name(tmp_path):
     assert len(report.ignored_fields) == 41 and report.ignored_fields["other fields"] == 20
 
 
+@pytest.mark.parametrize("field", ["weight", "train", "loss", "loss_mask"])
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_loss_switch_counts_on_replies_only(tmp_path, role, field):
+    line = openai(("system", "Be kind."), *HELLO)
+    next(m for m in line["messages"] if m["role"] == role)[field] = 0
+    messages, report = read_one(tmp_path, line)
+    assert messages == [("system", "Be kind."), *HELLO]
+    assert (report.skipped, report.ignored_fields) == ({}, {f"{field} of a message": 1})
+
+
 def with_field(**fields):
     return {"messages": [TURNS[0], {**TURNS[1], **fields}]}
 
@@ -174,6 +184,11 @@ def with_field(**fields):
         ),
         (with_field(weight=0), "a message with 'weight' other than 1, which is not supported"),
         (with_field(train=False), "a message with 'train' other than 1, which is not supported"),
+        (with_field(loss=False), "a message with 'loss' other than 1, which is not supported"),
+        (
+            with_field(loss_mask=0),
+            "a message with 'loss_mask' other than 1, which is not supported",
+        ),
         ({**GOOD, "tools": "[{}]"}, "a record with 'tools', which is not supported"),
         (
             openai(("system", "a"), *HELLO, system="b"),

@@ -39,7 +39,8 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Without these a conversation would be rendered into another prompt than serving saw.
 REFUSED_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs")
 REFUSED_FIELDS = ("tool_calls", "function_call", "tool_call_id")
-LOSS_FIELDS = ("weight", "train")  # which replies are learnt: 0 or false excludes one
+# Which replies are learnt: 0 or false excludes one. They mean nothing on other messages.
+LOSS_FIELDS = ("weight", "train", "loss", "loss_mask")
 # Encoding takes time and memory in proportion to the text, about 200 bytes a character. Two million
 # characters are about 500,000 tokens, beyond the positions of the targets there are.
 MAX_CHARACTERS = 1 << 21
@@ -182,14 +183,14 @@ def _parse_message(entry: Any, ignored: set[str]) -> Message:
     for name in REFUSED_FIELDS:
         if entry.get(name) not in EMPTY:
             raise UnusableError(f"a message with {name!r}, which is not supported")
-    for name in LOSS_FIELDS:
-        if entry.get(name) not in (None, 1):
-            raise UnusableError(f"a message with {name!r} other than 1, which is not supported")
     content_field = next((f for f in CONTENT_FIELDS if entry.get(f) is not None), "content")
     reasoning = ""
-    read = {role_field, content_field, *LOSS_FIELDS}
+    read = {role_field, content_field}
     if role == "assistant":
-        read.update(REASONING_FIELDS)
+        for name in LOSS_FIELDS:
+            if entry.get(name) not in (None, 1):
+                raise UnusableError(f"a message with {name!r} other than 1, which is not supported")
+        read.update(LOSS_FIELDS, REASONING_FIELDS)
         texts = {_parse_text(entry[f]) for f in REASONING_FIELDS if entry.get(f) not in EMPTY}
         if len(texts) > 1:
             raise UnusableError("a message with several different fields of reasoning")
