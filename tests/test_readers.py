@@ -81,6 +81,9 @@ HELLO = [("user", "Hello"), ("assistant", "Hi")]
         ({"messages": None, **sharegpt(("human", "Hello"), ("bing", "Hi"))}, HELLO),
         (sharegpt(("human", "Hello"), ("bard", "Hi")), HELLO),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 1, "train": True}]}, HELLO),
+        ({"messages": [TURNS[0], {**TURNS[1], "from": "gpt", "value": "Hi"}]}, HELLO),
+        ({"messages": [TURNS[0], {**TURNS[1], "from": "", "value": ""}]}, HELLO),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "", "value": "Hi"}]}, HELLO),
         (openai(*HELLO, system="Be kind."), [("system", "Be kind."), *HELLO]),
         (sharegpt(("human", "Hello"), ("gpt", "Hi"), system=""), HELLO),
         (
@@ -195,6 +198,14 @@ def with_field(**fields):
             "a record with 'system' and another system message",
         ),
         (openai(*HELLO * 2100), "more than 4096 messages"),
+        (with_field(**{"from": "human"}), "a message whose 'role' and 'from' disagree"),
+        (with_field(**{"from": "tool"}), "unknown role 'tool'"),
+        (with_field(**{"from": 3}), "a role that is not text"),
+        (with_field(value="Ho"), "a message with several different fields of content"),
+        (
+            with_field(thinking="a", reasoning="b"),
+            "a message with several different fields of reasoning",
+        ),
     ],
 )
 def test_an_unusable_record_is_counted_with_file_and_line(tmp_path, line, reason):

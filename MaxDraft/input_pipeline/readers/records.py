@@ -173,19 +173,12 @@ def _parse_message(entry: Any, ignored: set[str]) -> Message:
     """One message; adds the names of fields that are not read to `ignored`."""
     if not isinstance(entry, dict):
         raise UnusableError("a message that is not a JSON object")
-    role_field = next((name for name in ROLE_FIELDS if isinstance(entry.get(name), str)), None)
-    if role_field is None:
-        raise UnusableError("a message without 'role' or 'from'")
-    role = ROLES.get(entry[role_field].strip().lower())
-    if role is None:
-        # Roles are few in good data; in other data each would be a reason of its own.
-        raise UnusableError(f"unknown role {entry[role_field][:24]!r}")
+    role = _parse_role(entry)
     for name in REFUSED_FIELDS:
         if entry.get(name) not in EMPTY:
             raise UnusableError(f"a message with {name!r}, which is not supported")
-    content_field = next((f for f in CONTENT_FIELDS if entry.get(f) is not None), "content")
     reasoning = ""
-    read = {role_field, content_field}
+    read = {*ROLE_FIELDS, *CONTENT_FIELDS}
     if role == "assistant":
         for name in LOSS_FIELDS:
             if entry.get(name) not in (None, 1):
@@ -198,7 +191,33 @@ def _parse_message(entry: Any, ignored: set[str]) -> Message:
     ignored.update(
         f"{name} of a message" for name in entry if name not in read and entry[name] not in EMPTY
     )
-    return Message(role, _parse_text(entry.get(content_field)), reasoning)
+    return Message(role, _parse_content(entry), reasoning)
+
+
+def _parse_role(entry: dict[str, Any]) -> str:
+    """The role that all role fields of a message agree on."""
+    values = [entry[name] for name in ROLE_FIELDS if entry.get(name) not in EMPTY]
+    if not values:
+        raise UnusableError("a message without 'role' or 'from'")
+    if not all(isinstance(value, str) for value in values):
+        raise UnusableError("a role that is not text")
+    names = [value.strip().lower() for value in values]
+    for name in names:
+        if name not in ROLES:
+            # Roles are few in good data; in other data each would be a reason of its own.
+            raise UnusableError(f"unknown role {name[:24]!r}")
+    if len({ROLES[name] for name in names}) > 1:
+        raise UnusableError("a message whose 'role' and 'from' disagree")
+    return ROLES[names[0]]
+
+
+def _parse_content(entry: dict[str, Any]) -> str:
+    """The text of the one content field that has any, or of several that have the same one."""
+    texts = {_parse_text(entry.get(name)) for name in CONTENT_FIELDS}
+    texts = {text for text in texts if text.strip()}
+    if len(texts) > 1:
+        raise UnusableError("a message with several different fields of content")
+    return texts.pop() if texts else ""
 
 
 def _parse_text(content: Any) -> str:
