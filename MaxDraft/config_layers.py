@@ -99,9 +99,9 @@ def from_model_file(folder: Path, name: str) -> Values:
     known = sorted(path.stem for path in folder.glob("*.yml"))
     if name not in known:
         raise ConfigError(
-            f"model_name: there is no {shown(name)} in {folder}{explain_model(name, known)}; "
-            f"there are: {', '.join(known) or 'none'}. A target of a known family needs no file of "
-            f"its own: with model_name=default its dimensions come from target_path"
+            f"model_name: there is no file for {shown(name)} in {folder}"
+            f"{explain_model(name, known)}; model_name=default with target_path=FOLDER takes any "
+            f"size of a known family. There are files for {', '.join(known) or 'no model'}"
         )
     path = folder / f"{name}.yml"
     values = from_file(path)

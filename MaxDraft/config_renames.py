@@ -6,6 +6,7 @@ evaluated and exported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -83,7 +84,6 @@ MAXTEXT_MODELS = {
     "deepseek2-236b": "deepseek-v2",
     "deepseek3-671b": "deepseek-v3",
     "kimi-k2-1t": "kimi-k2",
-    "llama3.1-70b": "llama3.3-70b",
     "llama4-17b-16e": "llama4-scout",
     "llama4-17b-128e": "llama4-maverick",
     "qwen3-480b-a35b": "qwen3-coder-480b-a35b",
@@ -99,7 +99,8 @@ def explain_key(key: str, known: Iterable[str]) -> str:
         return f"; {name} was removed: {REMOVED_KEYS[name][1]}. Leave it out"
     if name in MAXTEXT_KEYS:
         return f"; {MAXTEXT_KEYS[name]}"
-    return nearest(key, known)
+    # Keys share words such as type and dtype; below 0.75 a shared word is all that is alike.
+    return nearest(name, known, cutoff=0.75) or "; --help lists the keys, configs/base.yml too"
 
 
 def explain_value(key: str, value: str, choices: Iterable[str]) -> str:
@@ -113,9 +114,15 @@ def explain_value(key: str, value: str, choices: Iterable[str]) -> str:
 
 
 def explain_model(name: str, known: Iterable[str]) -> str:
-    """For a model that has no file: the name it has here, or a near one."""
+    """For a model that has no file: the name it has here, or a near one.
+
+    A name with other numbers is another size or release, whose weights differ: it is not near.
+    """
     ours = MAXTEXT_MODELS.get(name)
-    return f"; MaxText's {name} is {ours!r} here" if ours else nearest(name, known)
+    if ours:
+        return f"; MaxText's {name} is {ours!r} here"
+    numbers = re.findall(r"\d+", name)
+    return nearest(name, [other for other in known if re.findall(r"\d+", other) == numbers])
 
 
 def modernized(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

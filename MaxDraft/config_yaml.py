@@ -55,9 +55,12 @@ def stop_on(problems: Iterable[str]) -> None:
         raise ConfigError("\n  ".join(["the configuration has problems:", *problems]))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` where a known name is close to `name`, else nothing."""
-    near = difflib.get_close_matches(name[:80].lower(), list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean ...?` where a known name is close to `name`, else nothing.
+
+    cutoff: the least similarity, from 0 to 1, as difflib.SequenceMatcher.ratio measures it.
+    """
+    near = difflib.get_close_matches(name[:80].lower(), list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

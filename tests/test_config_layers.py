@@ -99,11 +99,11 @@ def test_an_unknown_model_lists_the_known_ones():
     message = error("model_name=llama3.1-8")
     assert "did you mean 'llama3.1-8b'?" in message
     assert all(name in message for name in MODELS)
-    assert "there are: " in error("model_name=../base")
+    assert "There are files for " in error("model_name=../base")
 
 
 def test_a_target_without_a_model_file_has_the_defaults(empty_target):
-    assert "model_name=default its dimensions come from target_path" in error("model_name=qwen3-4b")
+    assert "model_name=default with target_path=FOLDER takes any" in error("model_name=qwen3-4b")
     config = init("model_name=default", f"target_path={empty_target}", "grain_train_files=x")
     base = yaml.safe_load(BASE.read_text())
     changed = {key for key, value in config.as_dict().items() if value != base[key]}

@@ -51,6 +51,21 @@ def test_an_old_name_or_one_of_maxtext_is_explained(argument):
     assert TOLD[argument] in error(argument)
 
 
+def test_other_weights_are_not_offered_for_a_model_without_file():
+    message = error("model_name=llama3.1-70b")
+    assert "there is no file for 'llama3.1-70b'" in message
+    assert "model_name=default with target_path=FOLDER takes any size of a known" in message
+    assert "did you mean" not in message
+    assert "is 'llama" not in message
+
+
+@pytest.mark.parametrize("key", ["kv_cache_dtype", "nope", "batch_size", "warmup"])
+def test_a_key_that_is_not_near_is_not_offered(key):
+    message = error(f"{key}=1")
+    assert "did you mean" not in message
+    assert message.endswith("; --help lists the keys, configs/base.yml too")
+
+
 def test_an_old_name_in_the_environment_is_explained(monkeypatch):
     monkeypatch.setenv("M_OPTIMIZER", "muon")
     assert "environment M_OPTIMIZER: unknown key 'optimizer'; optimizer is now opt_type" in error()
