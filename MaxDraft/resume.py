@@ -27,7 +27,7 @@ def check_same_identity(
     saved: Mapping[str, Any], identity: Mapping[str, Any], config: Config
 ) -> None:
     """ResumeError naming each difference between what a run was saved as and what it is now."""
-    lines = pyconfig.differences(registry.upgraded(saved), identity, set())
+    lines = pyconfig.differences(registry.upgraded(saved), registry.upgraded(identity), set())
     _raise_if_any(lines, config)
 
 

@@ -76,7 +76,7 @@ def sizes(config: dict) -> tuple[int, int]:
 
 def write_checkpoint(folder: Path, config: dict) -> None:
     """config.json and shards of about a gigabyte."""
-    from MaxDraft.convert.loading import stored_shape, tensor_names
+    from MaxDraft.convert.tensor_layout import stored_shape, tensor_names
     from MaxDraft.layers.params import flatten
 
     (folder / "config.json").write_text(json.dumps(config))

@@ -98,7 +98,7 @@ def test_transformers_finds_every_tensor_it_wants_and_no_other(folder, family, t
 
 
 def test_the_script_takes_a_family_or_the_config_of_another(tmp_path):
-    config = {**CONFIGS["qwen3_moe"], "vocab_size": 7, "num_hidden_layers": 6, "head_dim": 16}
+    config = {**CONFIGS["qwen3_moe"], "vocab_size": 7, "num_hidden_layers": 7, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = [sys.executable, str(ROOT / "end_to_end" / "make_target.py")]
     subprocess.run([*script, str(tmp_path / "config.json"), str(tmp_path)], check=True)
