@@ -21,6 +21,10 @@ PALLAS_BLOCK_SIZES = (128, 256, 512)
 
 # The one model that makes its own target and data.
 SELF_CONTAINED_MODEL = "tiny"
+# The folder in base_output_directory where that model's target and data lie.
+EMBEDDED_TARGET_FOLDER = "tiny-target"
+# The control characters of ASCII and Latin-1, and Unicode's separators of lines and paragraphs.
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 
 
 def impossible_combinations(
@@ -52,6 +56,16 @@ def run_location(values: Values) -> Iterator[str]:
         yield (
             f"run_name must be the name of one folder, not {shown(name)}; "
             f"where that folder lies is base_output_directory"
+        )
+    elif re.search(_CONTROL, name):
+        yield (
+            f"run_name must have no line break or other control character, not {shown(name)}: "
+            f"messages and commands to copy name it"
+        )
+    elif name == EMBEDDED_TARGET_FOLDER:
+        yield (
+            f"run_name={name} is the folder of the target that model_name={SELF_CONTAINED_MODEL} "
+            f"makes for itself; give another run_name"
         )
     if not parent:
         yield "base_output_directory is empty; write . for the current folder"

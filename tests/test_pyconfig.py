@@ -69,7 +69,7 @@ AWKWARD = (
 )
 
 
-@pytest.mark.parametrize("run_name", ["on", "1:30", "007", "null", "é: #x", " a ", "two\nlines"])
+@pytest.mark.parametrize("run_name", ["on", "1:30", "007", "null", "é: #x", " a "])
 def test_a_written_configuration_reads_back_exactly(tmp_path, run_name):
     config = init(
         f"run_name={run_name}", f"base_output_directory={tmp_path}", f"target_config={AWKWARD}"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from MaxDraft import distributed
+from MaxDraft.config_checks import EMBEDDED_TARGET_FOLDER
 from MaxDraft.convert.safetensors_files import read_json
 from MaxDraft.convert.target import checkpoint as target_checkpoint
 from MaxDraft.convert.target.config_check import check_target_config
@@ -56,7 +57,7 @@ def with_embedded_target(config: Config) -> Config:
 
 
 def _tiny_folder(config: Config) -> Path:
-    return Path(config.base_output_directory).expanduser().absolute() / "tiny-target"
+    return Path(config.base_output_directory).expanduser().absolute() / EMBEDDED_TARGET_FOLDER
 
 
 def open_target(config: Config, drafter: type[Drafter]) -> Target:
