@@ -56,7 +56,7 @@ MAXTEXT_KEYS = {
     "override_logical_axis_rules": "a rule replaces the rule of its name, and no other",
     "packing": "conversations are always packed",
     "quantization": "it is target_quantization here, for the target alone",
-    "tensorboard_dir": "it is <run>/tensorboard here",
+    "tensorboard_dir": "it is the folder tensorboard in the run's folder",
     "tokenizer_type": "the tokenizer is the one in tokenizer_path, in Hugging Face's format",
     "use_chat_template": "conversations always pass through the chat template",
     "wsd_decay_style": "the decay of wsd is linear",
