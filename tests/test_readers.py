@@ -150,6 +150,28 @@ def test_a_loss_switch_counts_on_replies_only(tmp_path, role, field):
     assert (report.skipped, report.ignored_fields) == ({}, {f"{field} of a message": 1})
 
 
+@pytest.mark.parametrize("name", ["tools", "functions", "documents", "images", "tool_calls"])
+@pytest.mark.parametrize("nothing", [False, None, "null", "", "[]", [], {}])
+def test_tools_and_images_that_hold_nothing_are_no_fault(tmp_path, name, nothing):
+    lines = [{**GOOD, name: nothing}] if name != "tool_calls" else []
+    if name in records.REFUSED_FIELDS:
+        lines.append(with_field(**{name: nothing}))
+    conversations, report = read(write_lines(tmp_path / "a.jsonl", lines))
+    assert len(conversations) == len(lines)
+    assert (report.skipped, report.ignored_fields) == ({}, {})
+
+
+@pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
+def test_records_with_images_or_sound_are_skipped(tmp_path, name):
+    lines = [{**GOOD, name: ["cat.png"]}, with_field(**{name: "cat.png"})]
+    conversations, report = read(write_lines(tmp_path / "a.jsonl", lines))
+    assert conversations == []
+    assert set(report.skipped) == {
+        f"a record with {name!r}, which is not supported",
+        f"a message with {name!r}, which is not supported",
+    }
+
+
 def with_field(**fields):
     return {"messages": [TURNS[0], {**TURNS[1], **fields}]}
 

@@ -5,7 +5,7 @@
 
 Both spellings of a message are read under both columns. A record that cannot be used never stops
 the reading: the report counts it under its reason. A field that would change what serving sees
-(tools, tool calls, a message's weight) is a reason too; other fields are counted by name.
+(tools, tool calls, images, a reply's weight) is a reason too; other fields are counted by name.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ ROLE_FIELDS = ("role", "from")
 CONTENT_FIELDS = ("content", "value")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Without these a conversation would be rendered into another prompt than serving saw.
-REFUSED_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs")
-REFUSED_FIELDS = ("tool_calls", "function_call", "tool_call_id")
+MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
+REFUSED_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs", *MEDIA_FIELDS)
+REFUSED_FIELDS = ("tool_calls", "function_call", "tool_call_id", *MEDIA_FIELDS)
 # Which replies are learnt: 0 or false excludes one. They mean nothing on other messages.
 LOSS_FIELDS = ("weight", "train", "loss", "loss_mask")
 # Encoding takes time and memory in proportion to the text, about 200 bytes a character. Two million
@@ -93,9 +94,7 @@ def parse_record(line: bytes | None) -> Parsed:
         if any(name in record for name in MESSAGE_COLUMNS):
             raise UnusableError("no messages")
         raise UnusableError("neither 'messages' nor 'conversations'")
-    for name in REFUSED_COLUMNS:
-        if record.get(name) not in EMPTY:
-            raise UnusableError(f"a record with {name!r}, which is not supported")
+    _refuse(record, REFUSED_COLUMNS, "a record")
     entries = record[column]
     if not isinstance(entries, list):
         raise UnusableError("no messages")
@@ -104,13 +103,21 @@ def parse_record(line: bytes | None) -> Parsed:
     ignored = {
         name
         for name, value in record.items()
-        if name not in (column, *SYSTEM_COLUMNS) and value not in EMPTY
+        if name not in (column, *SYSTEM_COLUMNS, *REFUSED_COLUMNS) and value not in EMPTY
     }
     messages = _with_system([_parse_message(entry, ignored) for entry in entries], record)
     if sum(len(message.content) + len(message.reasoning) for message in messages) > MAX_CHARACTERS:
         raise UnusableError(f"more than {MAX_CHARACTERS} characters")
     messages, changes = _usable_part(messages)
     return Parsed(tuple(messages), tuple(changes), frozenset(ignored))
+
+
+def _refuse(fields: dict[str, Any], names: tuple[str, ...], owner: str) -> None:
+    """UnusableError for the first of `names` that holds anything; false and "null" are nothing."""
+    for name in names:
+        value = fields.get(name)
+        if value is not False and value not in (*EMPTY, "null"):
+            raise UnusableError(f"{owner} with {name!r}, which is not supported")
 
 
 def _parse_json(line: bytes | None) -> dict[str, Any]:
@@ -174,11 +181,9 @@ def _parse_message(entry: Any, ignored: set[str]) -> Message:
     if not isinstance(entry, dict):
         raise UnusableError("a message that is not a JSON object")
     role = _parse_role(entry)
-    for name in REFUSED_FIELDS:
-        if entry.get(name) not in EMPTY:
-            raise UnusableError(f"a message with {name!r}, which is not supported")
+    _refuse(entry, REFUSED_FIELDS, "a message")
     reasoning = ""
-    read = {*ROLE_FIELDS, *CONTENT_FIELDS}
+    read = {*ROLE_FIELDS, *CONTENT_FIELDS, *REFUSED_FIELDS}
     if role == "assistant":
         for name in LOSS_FIELDS:
             if entry.get(name) not in (None, 1):
