@@ -172,6 +172,16 @@ def test_records_with_images_or_sound_are_skipped(tmp_path, name):
     }
 
 
+def test_a_record_counts_once_among_the_other_fields(tmp_path):
+    keys = {f"key{n:06}" + "x" * 70: 1 for n in range(20_000)}
+    same_start = {"z" * 70 + str(n): 1 for n in range(2)}
+    lines = [{**GOOD, **same_start}, {**GOOD, **keys}]
+    _, report = read(write_lines(tmp_path / "a.jsonl", lines))
+    assert len(report.ignored_fields) == 41
+    assert max(map(len, report.ignored_fields)) == 60
+    assert set(report.ignored_fields.values()) == {1}
+
+
 def with_field(**fields):
     return {"messages": [TURNS[0], {**TURNS[1], **fields}]}
 

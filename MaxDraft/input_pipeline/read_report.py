@@ -9,6 +9,7 @@ replies          assistant turns, and those of which the chat template deletes a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from MaxDraft.input_pipeline.errors import DataError
@@ -18,6 +19,7 @@ REASONS_KEPT = 20  # a template's own message may differ from record to record
 REASON_LENGTH = 300  # characters; a template may put a whole message into its own
 FIELDS_KEPT = 40  # names of ignored fields; a record may use its keys as data
 FIELD_LENGTH = 60  # characters of a field's name
+OTHER_FIELDS = "other fields"  # stands for the names beyond FIELDS_KEPT
 
 
 @dataclasses.dataclass
@@ -51,12 +53,17 @@ class ReadReport:
         """Counts a record that is used without a part of it."""
         _count(self.changed, reason, file, line)
 
-    def ignore_field(self, name: str) -> None:
-        """Counts a record with a field that is not read."""
-        name = name[:FIELD_LENGTH].encode("utf-8", "replace").decode()
-        if name not in self.ignored_fields and len(self.ignored_fields) >= FIELDS_KEPT:
-            name = "other fields"
-        self.ignored_fields[name] = self.ignored_fields.get(name, 0) + 1
+    def ignore_fields(self, names: Iterable[str]) -> None:
+        """Counts a record once under each of its fields that are not read."""
+        shortened = {name[:FIELD_LENGTH].encode("utf-8", "replace").decode() for name in names}
+        has_others = False
+        for name in sorted(shortened):
+            if name in self.ignored_fields or len(self.ignored_fields) < FIELDS_KEPT:
+                self.ignored_fields[name] = self.ignored_fields.get(name, 0) + 1
+            else:
+                has_others = True
+        if has_others:
+            self.ignored_fields[OTHER_FIELDS] = self.ignored_fields.get(OTHER_FIELDS, 0) + 1
 
     def skip_lines(self) -> list[str]:
         """One line for each reason to skip a record, the most frequent first."""

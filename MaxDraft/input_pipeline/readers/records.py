@@ -81,8 +81,7 @@ def read_conversations(path: Path, report: ReadReport) -> Iterator[Conversation]
             continue
         for reason in parsed.changes:
             report.change(reason, str(path), number)
-        for name in sorted(parsed.ignored_fields):
-            report.ignore_field(name)
+        report.ignore_fields(parsed.ignored_fields)
         yield Conversation(parsed.messages, str(path), number)
 
 
