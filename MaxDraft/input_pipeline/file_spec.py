@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -106,12 +107,13 @@ def _describe_folder(folder: Path) -> str:
     if any(folder.glob("*.arrow")) or (folder / "dataset_info.json").is_file():
         return (
             f"{folder} is a folder that the datasets library saved; write it as JSON lines: "
-            f'python3 -c "import datasets; '
-            f"datasets.load_from_disk('{folder}').to_json('{folder.name}.jsonl')\""
+            f"python3 -c 'import datasets, sys; "
+            f"datasets.load_from_disk(sys.argv[1]).to_json(sys.argv[2])' "
+            f"{shlex.quote(str(folder))} {shlex.quote(f'{folder.absolute().name}.jsonl')}"
         )
     suffixes = Counter(path.suffix for path in folder.iterdir() if path.is_file())
     names = ", ".join(f"{count} *{suffix}" for suffix, count in suffixes.most_common(5))
     return (
-        f"{folder} is a folder; name its files, such as '{folder}/*.jsonl' "
+        f"{folder} is a folder; name its files, such as {shlex.quote(f'{folder}/*.jsonl')} "
         f"(it holds {names or 'no files'})"
     )
