@@ -8,7 +8,7 @@ from goldens import recipe
 
 from MaxDraft.layers.rope import Rope
 from MaxDraft.targets.dims import TargetError
-from MaxDraft.targets.registry import FAMILIES, dims_from_config, text_config
+from MaxDraft.targets.registry import FAMILIES, dims_from_config, fields_left_out, text_config
 
 
 def golden_config(name):
@@ -165,3 +165,49 @@ def test_a_config_that_is_nested_too_deeply_is_an_error():
             dims_from_config(config)
     with pytest.raises(TargetError, match="must be an object of fields"):
         dims_from_config([1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("residual_multiplier", 0.2),
+        ("embedding_multiplier", 12.0),
+        ("attention_multiplier", 0.015625),
+        ("logit_scale", 0.0625),
+        ("logits_scaling", 8.0),
+        ("clip_qkv", 8.0),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+        ("query_pre_attn_scalar", 256),
+    ],
+)
+def test_a_scale_or_cap_that_is_not_read_is_an_error(name, value):
+    config = golden_config("llama")
+    with pytest.raises(TargetError, match=f"{name} {value} would change"):
+        dims_from_config(config | {name: value})
+    assert dims_from_config(config | {name: None}) == dims_from_config(config)
+
+
+def test_a_scale_of_one_changes_nothing():
+    config = golden_config("llama")
+    scales = ("residual_multiplier", "embedding_multiplier", "logit_scale", "logits_scaling")
+    assert dims_from_config(config | dict.fromkeys(scales, 1.0)) == dims_from_config(config)
+
+
+def test_fields_that_a_family_does_not_read_are_named():
+    config = golden_config("llama")
+    assert fields_left_out(config) == []
+    more = {"zork_norm": True, "a_switch": False, "nothing": None, "resid_pdrop": 0.1}
+    assert fields_left_out(config | more) == ["a_switch", "zork_norm"]
+    assert fields_left_out({"model_type": "mistral3", "text_config": config | more}) == [
+        "a_switch",
+        "zork_norm",
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gemma2", "gemma3_text", "gpt_oss"])
+def test_fields_that_decide_a_shape_count_as_read(name):
+    shapes = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_local_experts"}
+    caps = {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
+    rope = {"rope_theta", "rope_parameters", "rope_scaling", "layer_types", "sliding_window"}
+    assert not set(fields_left_out(golden_config(name))) & (shapes | caps | rope)

@@ -70,6 +70,9 @@ def open_target(config: Config, drafter: type[Drafter]) -> Target:
     target_checkpoint.open_weights(path)  # refuses what cannot be read before any data is encoded
     check_target_config(config.target_config, hf_config, f"configs/models/{config.model_name}.yml")
     dims = registry.dims_from_config(hf_config)
+    left_out = registry.fields_left_out(hf_config)
+    if left_out and distributed.is_main_process():
+        say(f"target: fields of config.json that are not read: {', '.join(left_out)}")
     captured_layers = drafter.captured_layers(config.target_layer_ids, dims.num_layers)
     if config.max_target_length > dims.max_length:
         raise TargetError(

@@ -9,6 +9,7 @@ from typing import Any
 from MaxDraft.targets import families
 from MaxDraft.targets.dims import DecoderDims, TargetError
 from MaxDraft.targets.fields import mapping, shown
+from MaxDraft.targets.fields_read import NotedFields, check_fields_not_read, fields_not_read
 
 _MAX_DEPTH = 16  # of objects and lists within each other; published files have four
 
@@ -36,13 +37,29 @@ def dims_from_config(config: Mapping[str, Any]) -> DecoderDims:
     TargetError, and no other error, where the target is not one that this decoder computes as
     transformers does; the message names the field.
     """
-    config = text_config(config)
+    return _read_dims(NotedFields(text_config(config)))
+
+
+def fields_left_out(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a config.json that have a value and that its family does not read.
+
+    Bookkeeping, such as the type and version that a file was saved with, is not among them.
+    """
+    fields = NotedFields(text_config(config))
+    _read_dims(fields)
+    return fields_not_read(fields)
+
+
+def _read_dims(config: NotedFields) -> DecoderDims:
+    """dims_from_config of the language model's part; notes in it which fields are read."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise TargetError(
             f"config.json has model_type {shown(model_type)}; known families are {sorted(FAMILIES)}"
         )
-    return FAMILIES[model_type].dims(config)
+    dims = FAMILIES[model_type].dims(config)
+    check_fields_not_read(config)
+    return dims
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

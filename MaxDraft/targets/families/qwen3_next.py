@@ -54,7 +54,7 @@ def dims(config: Mapping[str, Any]) -> DecoderDims:
     if config["model_type"] == "qwen3_5_text":
         feed_forwards = [hf_config.mlp(config)] * count
     elif config["model_type"] == "qwen3_5_moe_text":  # chosen weights always sum to one
-        feed_forwards = [qwen_moe.experts({**config, "norm_topk_prob": True})] * count
+        feed_forwards = [qwen_moe.experts(config | {"norm_topk_prob": True})] * count
     else:
         feed_forwards = qwen_moe.feed_forwards(config)
     layers = [Layer(mixers[kind], ff) for kind, ff in zip(kinds, feed_forwards, strict=True)]
