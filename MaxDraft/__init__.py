@@ -1,4 +1,4 @@
-"""MaxDraft trains EAGLE-3 draft heads for speculative decoding, in JAX."""
+"""MaxDraft trains draft heads for speculative decoding, in JAX."""
 
 import logging
 

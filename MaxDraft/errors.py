@@ -106,7 +106,7 @@ def _report(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "make room, and " if full else ""
-        message = f"{error}; the checkpoints are whole: {advice}the same command goes on from them"
+        message = f"{error}; nothing that was saved is lost: {advice}give the same command again"
         print_error(message)
         return MISTAKE, message
     if isinstance(error, KeyboardInterrupt):

@@ -46,7 +46,7 @@ if [ "$on_cpu" ]; then
 else
   keys=(model_name="${MODEL:-llama3.1-8b}")
   lengths="2048 16384" tokens=16384 implementations="blockwise pallas" steps=5
-  step_limit=80 batch_limit=70 equality_limit=60
+  step_limit=75 batch_limit=55 equality_limit=55  # and 60 for the devices
 fi
 keys+=(gradient_accumulation_steps=1)
 

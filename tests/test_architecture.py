@@ -73,12 +73,9 @@ def test_no_drafter_is_named_outside_its_package():
 
 
 def test_the_input_pipeline_and_pyconfig_know_no_devices():
-    code = (
-        "import sys; import MaxDraft.pyconfig; assert 'jax' not in sys.modules, 'pyconfig';"
-        "import ast, pathlib;"
-    )
+    code = "import sys; import MaxDraft.pyconfig; assert 'jax' not in sys.modules, 'pyconfig';"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    for path in sorted((PACKAGE / "input_pipeline").glob("*.py")):
+    for path in sorted((PACKAGE / "input_pipeline").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = itertools.chain.from_iterable(
             [alias.name for alias in node.names]

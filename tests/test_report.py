@@ -40,7 +40,7 @@ def test_the_report_tells_its_evaluation():
     text = report.of_result(json.loads(json.dumps(RESULT)))
     for part in (
         "accept_length 2.50 tokens per verify step, greedy, 5 draft steps, 8 held-out prompts",
-        "an untrained head: 1.00",
+        "as engines count: 2.75; an untrained head: 1.00",
         "at temperature 1: 2.25",
         "lossless    false",
         "speedup     1.50",

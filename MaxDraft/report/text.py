@@ -17,12 +17,13 @@ def of_result(result: Result) -> str:
     folder, name = run["run_directory"].rsplit("/", 1)
     lines = [
         f"MaxDraft: run {run['run_name']}",
-        f"  trained     drafter {run['drafter']} for {run['target_path']} with the settings of "
-        f"configs/models/{run['model_name']}.yml, {run['total_steps']} steps; this is the head of "
-        f"step {result['step']}",
+        f"  trained     drafter {run['drafter']} for {run['target_path']} (model_name="
+        f"{run['model_name']}; keys in config.yml), {run['total_steps']} steps; this is the head "
+        f"of step {result['step']}",
         f"  accept_length {result['accept_length']:.2f} tokens per verify step, greedy, "
         f"{settings['draft_steps']} draft steps, {result['prompts']} held-out prompts",
-        f"    an untrained head: {result['accept_length_untrained']:.2f}",
+        f"    as engines count: {result['accept_length_engine']:.2f}; an untrained head: "
+        f"{result['accept_length_untrained']:.2f}",
     ]
     if "sampled" in result:
         sampled = result["sampled"]

@@ -1,4 +1,4 @@
-"""From a Config to the parts of a run, before any weight is loaded; and its weights.
+"""Opens a run from its Config, without weights; load_frozen and initial_head then load them.
 
 open_for_training     a run that begins or goes on                      -> TrainingRun
 open_for_evaluation   a run that has been trained, with its data        -> TrainingRun
@@ -28,6 +28,7 @@ from MaxDraft.drafts import registry
 from MaxDraft.drafts.drafter import Drafter
 from MaxDraft.drafts.vocabulary import DraftVocabulary
 from MaxDraft.errors import UserError
+from MaxDraft.input_pipeline.file_spec import parse_file_spec
 from MaxDraft.layers import params as parameters
 from MaxDraft.layers.params import Tree
 from MaxDraft.metric_logger import say
@@ -155,9 +156,13 @@ def open_for_export(config: Config) -> OpenedRun:
 
 
 def _prepared(config: Config) -> Config:
-    registry.drafter_class(config.drafter)  # an unknown kind is an error before anything is made
+    # What is wrong with these is told before the embedded target is made, which takes minutes.
+    registry.drafter_class(config.drafter)
+    for files in filter(None, (config.grain_train_files, config.grain_eval_files)):
+        parse_file_spec(files)
+    config = with_captured_layers(config)
     start_jax(config)
-    config = with_captured_layers(with_embedded_target(config))
+    config = with_embedded_target(config)
     make_run_directory(config)
     return config
 
