@@ -93,6 +93,13 @@ def test_training_commands_are_accepted_by_the_configuration(words, tmp_path, mo
         assert str(getattr(config, key)) == text
 
 
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
+def test_no_placeholder_is_left(path):
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert not re.fullmatch(r"[A-Z_]{5,}", line.strip()), line
+        assert not re.search(r"TODO|FIXME|XXX", line), line
+
+
 def test_the_readme_lists_every_file_once():
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1]
     folders, named = [], []
