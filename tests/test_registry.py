@@ -194,6 +194,11 @@ def test_a_scale_of_one_changes_nothing():
     assert dims_from_config(config | dict.fromkeys(scales, 1.0)) == dims_from_config(config)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi4_mini"])
+def test_a_file_of_transformers_has_nothing_left_out(name):
+    assert fields_left_out(golden_config(name)) == []
+
+
 def test_fields_that_a_family_does_not_read_are_named():
     config = golden_config("llama")
     assert fields_left_out(config) == []

@@ -24,7 +24,8 @@ _NEUTRAL = {
 }
 
 # Fields that change no number of a trained model, or that other readers look at. chunk_size_... and
-# pretraining_tp split the same products; the router's jitter and losses are of its own training.
+# pretraining_tp split the same products; the router's jitter and losses are of its own training;
+# max_window_layers is what transformers made layer_types from, which hf_config.qwen_windows needs.
 _BOOKKEEPING = {
     "architectures",
     "auto_map",
@@ -36,6 +37,7 @@ _BOOKKEEPING = {
     "initializer_range",
     "is_encoder_decoder",
     "label2id",
+    "max_window_layers",
     "model_type",
     "output_attentions",
     "output_hidden_states",
