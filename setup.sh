@@ -10,7 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 stamp=.venv/maxdraft-setup
 # Without DEVICE the device of the last setup stays: the README's commands begin with a plain call.
-device=${DEVICE:-$(cut -d ' ' -f 1 "$stamp" 2>/dev/null | head -n 1)}
+device=${DEVICE:-}
+if [ -z "$device" ] && [ -f "$stamp" ]; then read -r device _ < "$stamp"; fi
 device=${device:-cpu}
 python=${PYTHON:-python3}
 case $device in
